@@ -1,0 +1,1 @@
+"""Conversations: tokenizers, templates, sessions and their library. Knows no torch."""

@@ -1,0 +1,1 @@
+"""The memory: who owns which block (block_pool) and the tensors they name (cache)."""

@@ -1,0 +1,1 @@
+"""Weights and the decoder: config.json -> ModelConfig, safetensors -> tensors, tokens -> logits."""
