@@ -1,0 +1,80 @@
+"""How much memory the pool may take: arithmetic on bytes and blocks, no tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from kvchat.config import KVSpec
+from kvchat.errors import CapacityError, UsageError
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_CPU_POOL_LIMIT = 4 * 2**30
+_CPU_POOL_SHARE = 0.40
+# A pool of fewer blocks could not hold one short chat beside the null block.
+_MIN_BLOCKS = 5
+
+
+def parse_size(text: str, total: int) -> int:
+    """Bytes meant by `2GiB`, `512M`, `1e9` or `70%` (of `total` bytes)."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(%|[kmgt]?(?:i?b)?)\s*", text.lower())
+    try:
+        number = float(found.group(1)) if found else -1.0
+    except ValueError:
+        number = -1.0
+    if found is None or number <= 0:
+        raise UsageError(f"memory size {text!r} is not understood; write it as 2GiB, 512MiB or 70%")
+    unit = found.group(2)
+    if unit == "%":
+        return int(total * number / 100)
+    return int(number * _UNITS[unit.rstrip("ib")])
+
+
+def format_size(num_bytes: float) -> str:
+    """`num_bytes` for a person: 512 B, 1.5 MiB, 4.0 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def available_memory() -> int:
+    """Bytes of main memory this process may still take: the kernel's figure, or a cgroup's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        available = kib * 1024
+    except (OSError, StopIteration):  # macOS has no such file; half of all is a careful guess
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return available
+
+
+def plan_num_blocks(spec: KVSpec, kv_mem: str | None, available: int) -> int:
+    """Blocks of the pool, the null block included.
+
+    `kv_mem` is the user's size or share; None means the smaller of 4 GiB and 40 % of what is
+    available. Raises CapacityError when that is more than there is, or too little for one chat.
+    """
+    wanted = min(_CPU_POOL_LIMIT, int(available * _CPU_POOL_SHARE))
+    if kv_mem is not None:
+        wanted = parse_size(kv_mem, available)
+    if wanted > available:
+        raise CapacityError(
+            f"the KV pool wants {format_size(wanted)} but {format_size(available)} are available; "
+            f"lower --kv-mem"
+        )
+    num_blocks = wanted // spec.bytes_per_block
+    if num_blocks < _MIN_BLOCKS:
+        least = format_size(_MIN_BLOCKS * spec.bytes_per_block)
+        raise CapacityError(
+            f"a KV pool of {format_size(wanted)} holds {num_blocks} blocks of "
+            f"{format_size(spec.bytes_per_block)}; raise --kv-mem to at least {least}"
+        )
+    return num_blocks
