@@ -1,4 +1,4 @@
-"""What a run is configured with: frozen records, validated at the edge, passed down whole. No torch."""
+"""What a run is configured with: frozen records, passed down whole. No torch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The caps of a step. `num_blocks` counts the null block; `max_model_len` is a request's cap."""
+    """The caps of a step. num_blocks counts the null block; max_model_len caps a request."""
 
     num_blocks: int
     block_size: int = 16
@@ -102,7 +102,7 @@ class SamplingParams:
 
     temperature 0 is greedy. Values that switch a rule off: top_k 0, top_p 1, min_p 0, typical_p 1,
     repetition_penalty 1, frequency_penalty 0, presence_penalty 0, dry_multiplier 0.
-    `max_tokens` None means: as far as the context goes. `stop` strings end a reply and are not shown.
+    max_tokens None means: as far as the context goes. A `stop` string ends a reply, unshown.
     """
 
     temperature: float = 0.8

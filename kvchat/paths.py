@@ -41,7 +41,7 @@ def state_dir() -> Path:
 
 
 def sync(fd: int) -> None:
-    """Return when the file's bytes are on the disk: fdatasync, or F_FULLFSYNC where that is missing."""
+    """Return when the file's bytes are on disk: fdatasync, or F_FULLFSYNC without it."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(fd)
         return

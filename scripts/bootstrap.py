@@ -106,4 +106,5 @@ def main() -> None:
     stamp.write_text(f"{digest} run {wanted}\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

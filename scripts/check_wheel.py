@@ -43,4 +43,5 @@ def main() -> None:
         print(f"wheel: a chat from another folder answers {reply.strip()!r}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -94,7 +94,9 @@ def test_the_layer_check_can_fail(tmp_path):
 
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_torch_free_modules_stay_torch_free(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'numba', 'cupy') if m in sys.modules])"
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'numba', 'cupy') if m in sys.modules])"
+    )
 
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -27,7 +27,7 @@ TEMPLATE = (
 
 
 def train_tokenizer(vocab_size: int = 340) -> bytes:
-    """A sentencepiece BPE model (serialised) with byte fallback and the markers as CONTROL pieces."""
+    """A serialised sentencepiece BPE model: byte fallback, the markers as CONTROL pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20),

@@ -17,7 +17,7 @@ from kvchat.model.source import resolve
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line chose. `sampling` holds only what the user set, by SamplingParams name."""
+    """What the command line chose; `sampling` holds only what was set, by SamplingParams name."""
 
     model: str
     engine: EngineOptions = field(default_factory=EngineOptions)

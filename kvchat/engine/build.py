@@ -59,7 +59,7 @@ class EngineFacts:
 
 
 def choose_device(device: str) -> str:
-    """The device to run on. Only the CPU has a backend today; CUDA by name is refused, not replaced."""
+    """The device to run on. CUDA has no backend yet: asked for by name it is refused."""
     if device not in ("auto", "cpu"):
         raise UsageError(
             f"--device {device}: this build has no CUDA backend yet; use --device cpu (or auto)"

@@ -1,4 +1,4 @@
-"""The records that cross the engine: what is asked, what runs in a step, what came out. No torch."""
+"""The records that cross the engine: what is asked, what runs, what came out. No torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(slots=True, frozen=True)
 class Event:
-    """What came out of a step for one request; `error` is a sentence when finish_reason is error."""
+    """What came out of a step for one request; finish_reason "error" comes with a sentence."""
 
     request_id: int
     session_id: int

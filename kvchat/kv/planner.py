@@ -41,7 +41,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes of main memory this process may still take: the kernel's figure, or a cgroup's limit."""
+    """Bytes of main memory this process may still take, a cgroup's limit included."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

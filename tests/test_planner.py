@@ -1,0 +1,64 @@
+"""Sizes as people write them, and a pool that fits what they allow."""
+
+import pytest
+
+from kvchat.config import KVSpec
+from kvchat.errors import CapacityError, UsageError
+from kvchat.kv import planner
+
+SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+BLOCK = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, head_dim, tokens, bytes
+GIB = 2**30
+
+
+def test_a_block_holds_keys_and_values_of_all_layers():
+    assert SPEC.bytes_per_block == BLOCK
+    assert SPEC.bytes_per_token == BLOCK // 16
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 * GIB),
+        ("512M", 512 * 2**20),
+        ("1.5 gb", 3 * GIB // 2),
+        ("1e6", 1_000_000),
+        ("70%", 7 * GIB),
+        ("4096", 4096),
+    ],
+)
+def test_sizes_are_read_as_written(text, expected):
+    assert planner.parse_size(text, total=10 * GIB) == expected
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "0", "2 GiB left", "1..2G", "%", "7e"])
+def test_a_size_that_is_not_one_is_refused_with_an_example(text):
+    with pytest.raises(UsageError, match="2GiB, 512MiB or 70%"):
+        planner.parse_size(text, total=GIB)
+
+
+def test_sizes_are_shown_in_the_unit_people_expect():
+    shown = [planner.format_size(n) for n in (512, 1536, 5 * 2**20, 4 * GIB, 5000 * GIB)]
+
+    assert shown == ["512 B", "1.5 KiB", "5.0 MiB", "4.0 GiB", "5000.0 GiB"]
+
+
+def test_the_default_pool_is_the_smaller_of_4_gib_and_40_percent():
+    assert planner.plan_num_blocks(SPEC, None, available=5 * GIB) == 2 * GIB // BLOCK
+    assert planner.plan_num_blocks(SPEC, None, available=100 * GIB) == 4 * GIB // BLOCK
+
+
+def test_a_pool_larger_than_memory_is_refused():
+    with pytest.raises(CapacityError, match=r"wants 3.0 GiB but 2.0 GiB are available"):
+        planner.plan_num_blocks(SPEC, "3GiB", available=2 * GIB)
+
+
+def test_a_pool_too_small_for_one_chat_names_the_least_that_works():
+    with pytest.raises(CapacityError, match=r"at least 40.0 KiB"):
+        planner.plan_num_blocks(SPEC, "8KiB", available=GIB)
+
+    assert planner.plan_num_blocks(SPEC, "40KiB", available=GIB) == 5
+
+
+def test_available_memory_is_a_plausible_number():
+    assert 2**26 < planner.available_memory() < 2**50

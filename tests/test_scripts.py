@@ -1,0 +1,64 @@
+"""The first start decides what to install before it downloads anything."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+INDEX = "https://index.example/whl/cpu"
+
+
+@pytest.fixture
+def bootstrap(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bootstrap", SCRIPTS / "bootstrap.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("KVCHAT_TORCH_INDEX", INDEX)
+    monkeypatch.delenv("KVCHAT_SETUP", raising=False)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extras", "index"),
+    [
+        (None, "hub", INDEX),
+        (13, "hub,cuda13", None),
+        (12, "hub,cuda12", "https://index.example/whl/cu126"),
+    ],
+)
+def test_the_driver_decides_what_is_installed(bootstrap, monkeypatch, cuda, extras, index):
+    monkeypatch.setattr(bootstrap, "cuda_driver", lambda: cuda)
+
+    text, chosen, chosen_index = bootstrap.choose()
+
+    assert (chosen, chosen_index) == (extras, index)
+    assert "B in all" in text
+
+
+def test_a_mac_takes_the_default_torch(bootstrap, monkeypatch):
+    monkeypatch.setattr(bootstrap.sys, "platform", "darwin")
+    monkeypatch.setattr(bootstrap, "cuda_driver", lambda: None)
+
+    assert bootstrap.choose()[1:] == ("hub", None)
+
+
+def test_the_driver_version_is_read_from_nvidia_smi(bootstrap, monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 580.1  Driver Version: 580.1  CUDA Version: 13.0 |'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    assert bootstrap.cuda_driver() == 13
+
+
+def test_an_index_that_does_not_answer_is_noticed(bootstrap):
+    assert not bootstrap.is_reachable("http://127.0.0.1:9/whl/cpu")
+    assert not bootstrap.is_reachable("not a url")
+
+
+def test_torch_is_pinned(bootstrap):
+    assert bootstrap.pinned_torch().startswith("torch==2.")
