@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -89,7 +89,7 @@ class PoolCounters:
     """Blocks counted since the start."""
 
     num_allocations: int = 0  # taken from the free queue
-    num_evictions: int = 0  # of these, cached ones that lost their key
+    num_evictions: int = 0  # of these, cached ones, which lost their key
     num_hits: int = 0  # shared by alloc instead of computed
     num_copies: int = 0  # copied because a tail was shared or sealed
 
@@ -195,8 +195,7 @@ class BlockPool:
 
         Whoever first writes into the shared tail gets a copy of it.
         """
-        child = Sequence(seq.table[: self._num_blocks_for(num_tokens)], seq.num_tokens)
-        child.num_sealed, child.prefix = seq.num_sealed, seq.prefix
+        child = replace(seq, table=seq.table[: self._num_blocks_for(num_tokens)])
         self._cut(child, num_tokens)
         for block_id in child.table:
             self._ref_counts[block_id] += 1
@@ -271,19 +270,19 @@ class BlockPool:
         assert not seq.is_freed and end > seq.num_tokens, f"{end=} {seq.num_tokens=}"
         table = seq.table
         is_copied = seq.num_tokens % self.block_size > 0 and not self._is_writable(table[-1])
-        num_short = self._num_blocks_for(end) - len(table) + is_copied - self.num_free
-        if num_short == 1 and is_copied and self._ref_counts[table[-1]] == 1:
-            # The one block missing is our own sealed tail: better evict it in place than fail.
-            self._forget(table[-1])
-            is_copied, num_short = False, 0
-        if num_short > 0:
+        num_new = self._num_blocks_for(end) - len(table) + is_copied
+        num_returned = is_copied and self._ref_counts[table[-1]] == 1
+        if num_new > self.num_free + num_returned:
             return None
         ops: list[BlockOp] = []
         if is_copied:
-            shared_id, table[-1] = table[-1], self._take()
-            self._release([shared_id])
-            ops.append(CopyBlock(shared_id, table[-1]))
-            self.counters.num_copies += 1
+            # Released first: when nothing else is free, our own sealed tail is evicted in place.
+            old_id = table.pop()
+            self._release([old_id])
+            table.append(self._take())
+            if table[-1] != old_id:
+                ops.append(CopyBlock(old_id, table[-1]))
+                self.counters.num_copies += 1
         while len(table) * self.block_size < end:
             table.append(self._take())
         seq.num_tokens = end
