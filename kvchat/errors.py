@@ -34,3 +34,12 @@ class EngineError(KvchatError):
     """A request the engine could not go on with; other sessions are not affected."""
 
     exit_code = 4
+
+
+def quoted(text: str, limit: int = 80) -> str:
+    """Foreign text for an error line: printable, escaped, the middle cut when above `limit`."""
+    if len(text) > limit:
+        text = text[: limit // 2] + "..." + text[-(limit // 2) :]
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
