@@ -145,10 +145,11 @@ def _indexed_files(index: Path) -> tuple[Path, ...]:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """`path` unless it is a link out of its folder; the hub cache's links into blobs/ are meant."""
+    """`path` unless it is a link out of its folder; the hub cache is made of links and is meant."""
     real, home = path.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.is_relative_to(home) or real.is_relative_to(blobs):
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parents[2]
+    if real.is_relative_to(home):
         return path
     raise ModelError(
         f"model refused: {quoted(str(path))}: not a regular file, a link to {quoted(str(real))}"
