@@ -128,6 +128,11 @@ class BlockPool:
         """Blocks that can be taken now, cached ones included."""
         return len(self._recycled) + self.num_blocks - self._num_touched + len(self._cached)
 
+    @property
+    def num_cached(self) -> int:
+        """Of the free blocks, those that a later prefix may hit."""
+        return len(self._cached)
+
     def ref_count(self, block_id: int) -> int:
         """How many sequences hold this block."""
         return self._ref_counts[block_id]
@@ -190,6 +195,12 @@ class BlockPool:
                 self._prefixes[seq.table[idx]] = prefix
         seq.num_sealed = num_full
 
+    def unseal(self, seq: Sequence) -> None:
+        """Take the keys of all blocks of seq: what they hold is not to be trusted any more."""
+        for block_id in seq.table:
+            if self._prefixes[block_id] is not None:
+                self._forget(block_id)
+
     def fork(self, seq: Sequence, num_tokens: int) -> Sequence:
         """A second sequence over seq's first num_tokens positions, sharing all of their blocks.
 
@@ -214,7 +225,6 @@ class BlockPool:
 
     def free(self, seq: Sequence) -> None:
         """Give back all of a sequence, once. Its sealed blocks stay cached until evicted."""
-        assert not seq.is_freed, "sequence freed twice"
         self.truncate(seq, 0)
         seq.is_freed = True
 
@@ -298,6 +308,7 @@ class BlockPool:
         else:
             block_id, _ = self._cached.popitem(last=False)
             self._forget(block_id)
+            self.counters.num_evictions += 1
         self._ref_counts[block_id] = 1
         self.counters.num_allocations += 1
         return block_id
@@ -321,7 +332,6 @@ class BlockPool:
         assert prefix is not None, f"block {block_id} has no key"
         del self._index[prefix.hash, Codec.NATIVE]
         self._prefixes[block_id] = None
-        self.counters.num_evictions += 1
 
     def _find(self, token_ids: list[int]) -> tuple[list[int], Prefix | None]:
         """The sealed blocks of the longest prefix that leaves a token over, and that prefix."""

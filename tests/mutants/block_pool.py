@@ -1,0 +1,143 @@
+"""Bugs of a block pool: the field's (RELIABILITY: forks, copies, hashes, leaks) and our own."""
+
+from __future__ import annotations
+
+from mutants import Mutant
+
+COMPARE = (" or not _is_same(self._prefixes[block_id], prefix):", ":")
+WEAK_HASH = ("return hasher.digest()", "return hasher.digest()[:1]")
+
+
+def _mutant(name: str, *edits: tuple[str, str]) -> Mutant:
+    return Mutant(name, "kvchat.kv.block_pool", edits)
+
+
+MUTANTS = [
+    _mutant(
+        "fork forgets the last block's reference",
+        ("for block_id in child.table:", "for block_id in child.table[:-1]:"),
+    ),
+    _mutant(
+        "fork keeps the parent's sealed count",
+        ("        self._cut(child, num_tokens)\n", "        child.num_tokens = num_tokens\n"),
+    ),
+    _mutant(
+        "no copy on write",
+        ("        return self._ref_counts[block_id] == 1 and", "        return True or"),
+    ),
+    _mutant(
+        "a shared tail is written in place while it has room",
+        (" and self._is_writable(table[-1]):\n            seq", ":\n            seq"),
+    ),
+    _mutant(
+        "a sealed tail is written in place",
+        ("== 1 and self._prefixes[block_id] is None", "== 1"),
+    ),
+    _mutant(
+        "copy in the wrong direction",
+        ("CopyBlock(old_id, table[-1])", "CopyBlock(table[-1], old_id)"),
+    ),
+    _mutant(
+        "copy forgotten",
+        ("                ops.append(CopyBlock(old_id, table[-1]))\n", ""),
+    ),
+    _mutant(
+        "the copied tail keeps its reference",
+        ("            self._release([old_id])\n", ""),
+    ),
+    _mutant("double free unnoticed", ("seq.is_freed = True", "seq.is_freed = False")),
+    _mutant(
+        "freed twice",
+        ("        self._release(dropped)\n", "        self._release(dropped + dropped[:1])\n"),
+    ),
+    _mutant(
+        "truncate keeps a freed block",
+        ("del seq.table[num_kept:]", "del seq.table[num_kept + 1 :]"),
+    ),
+    _mutant(
+        "truncate leaks a block",
+        ("dropped = seq.table[num_kept:]", "dropped = seq.table[num_kept + 1 :]"),
+    ),
+    _mutant(
+        "truncate keeps the longer prefix",
+        ("seq.num_sealed - 1, seq.prefix.parent", "seq.num_sealed - 1, seq.prefix"),
+    ),
+    _mutant(
+        "tail freed last",
+        ("in reversed(block_ids):", "in block_ids:"),
+    ),
+    _mutant(
+        "leak when memory runs out in the middle of an append",
+        (
+            "            return None\n        ops",
+            "            self.num_free and self._take()\n            return None\n        ops",
+        ),
+    ),
+    _mutant(
+        "an append of one block too many is begun",
+        ("num_new > self.num_free + num_returned", "num_new > self.num_free + num_returned + 1"),
+    ),
+    _mutant(
+        "the last block is never given",
+        ("num_new > self.num_free + num_returned", "num_new >= self.num_free + num_returned"),
+    ),
+    _mutant(
+        "a shared tail counts as a block to be had",
+        (
+            "num_returned = is_copied and self._ref_counts[table[-1]] == 1",
+            "num_returned = is_copied",
+        ),
+    ),
+    _mutant("null block handed out", ("self._num_touched = 1 ", "self._num_touched = 0 ")),
+    _mutant(
+        "stale key after an eviction",
+        ("            self._forget(block_id)\n", ""),
+    ),
+    _mutant(
+        "stale index after an eviction",
+        ("        del self._index[prefix.hash, Codec.NATIVE]\n", ""),
+    ),
+    _mutant(
+        "a hit block stays in the free queue",
+        ("                del self._cached[block_id]\n", "                pass\n"),
+    ),
+    _mutant(
+        "a hit takes no reference",
+        (
+            "            self._ref_counts[block_id] += 1\n        self.counters",
+            "        self.counters",
+        ),
+    ),
+    _mutant(
+        "a total hit leaves nothing to compute",
+        ("range((len(token_ids) - 1) //", "range(len(token_ids) //"),
+    ),
+    _mutant(
+        "seal of what is claimed but not computed",
+        ("min(num_computed, len(token_ids))", "min(seq.num_tokens, len(token_ids))"),
+    ),
+    _mutant(
+        "seal of a partial block",
+        ("min(num_computed, len(token_ids)) //", "(min(num_computed, len(token_ids)) + 1) //"),
+    ),
+    _mutant(
+        "seal keys a second equal block too",
+        ("not in self._index:", "or True:"),
+    ),
+    _mutant("weak hash believed", WEAK_HASH, COMPARE),
+    _mutant(
+        "hash without the parent believed",
+        ('_field(b"P", parent_hash) + ', ""),
+        COMPARE,
+    ),
+    _mutant(
+        "hash without the token ids believed",
+        (' + _field(b"T", packed_ids)', ""),
+        COMPARE,
+    ),
+    _mutant(
+        "weak hash, only the block's own ids compared",
+        WEAK_HASH,
+        ("        a, b = a.parent, b.parent\n", "        return True\n"),
+    ),
+]
