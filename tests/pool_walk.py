@@ -59,8 +59,8 @@ class PoolWalk:
     def run(self, num_steps: int) -> None:
         """Walk, or raise WalkFailure."""
         actions = [self.start, self.append, self.exhaust, self.seal]
-        actions += [self.fork, self.truncate, self.free]
-        plan = self.rng.choices(actions, weights=[16, 40, 2, 18, 8, 8, 8], k=num_steps)
+        actions += [self.fork, self.truncate, self.free, self.unseal]
+        plan = self.rng.choices(actions, weights=[16, 40, 2, 18, 8, 8, 8, 1], k=num_steps)
         step = -1
         try:
             for action in plan:
@@ -104,7 +104,8 @@ class PoolWalk:
             return
         text = self.rng.choice(self.texts)
         token_ids = text[: self.rng.randint(0, len(text))]
-        token_ids = token_ids + self.rng.choices(ALPHABET, k=self.rng.randint(1, 6))
+        num_new = self.rng.randint(not token_ids, 6)
+        token_ids = token_ids + self.rng.choices(ALPHABET, k=num_new)
         num_matched = self.pool.match(token_ids)
         seq = self.pool.alloc(token_ids)
         assert seq.num_tokens == num_matched < len(token_ids), f"{seq} {num_matched} {token_ids}"
@@ -180,6 +181,12 @@ class PoolWalk:
         if self.rng.random() < 0.5:
             self.land()
         self.pool.seal(chat.seq, chat.token_ids, chat.num_computed)
+
+    def unseal(self, chat: Chat) -> None:
+        num_sealed = sum(map(self.is_sealed, chat.seq.table))
+        self.pool.unseal(chat.seq)
+        assert not any(map(self.is_sealed, chat.seq.table)), f"still sealed: {chat}"
+        self.counts["unseal"] += num_sealed
 
     def fork(self, chat: Chat) -> None:
         if len(self.chats) == MAX_CHATS:

@@ -260,6 +260,21 @@ def test_the_hash_is_sha256_over_tagged_and_length_prefixed_fields():
     assert seq.prefix.hash == link(link(b"", 1, 2), 3, 2**31 - 1)
 
 
+def test_unseal_takes_the_keys_of_shared_blocks_too_and_nobody_hits_them_again():
+    pool = BlockPool(9, 4)
+    first = computed(pool, [*A, *B, 1])
+    second = pool.alloc([*A, 9])
+    pool.unseal(first)
+
+    assert pool.match([*A, *B, 1]) == 0
+    assert (first.table, second.table) == ([1, 2, 3], [1])  # who holds them goes on
+    pool.check_integrity([first, second])
+    pool.free(first)
+    pool.free(second)
+    assert (pool.num_cached, pool.num_free) == (0, 8)
+    assert pool.counters.num_evictions == 0
+
+
 class WeakHash(BlockPool):
     """Every hash is one of 256: only the comparison of token ids stands against a wrong hit."""
 

@@ -1,10 +1,11 @@
-"""Bugs of a block pool: the field's (RELIABILITY: forks, copies, hashes, leaks) and our own."""
+"""Bugs of a block pool: those that the field has had (forks, copies, hashes, leaks) and ours."""
 
 from __future__ import annotations
 
 from mutants import Mutant
 
 COMPARE = (" or not _is_same(self._prefixes[block_id], prefix):", ":")
+NO_PARENT = ('_field(b"P", parent_hash) + ', "")
 WEAK_HASH = ("return hasher.digest()", "return hasher.digest()[:1]")
 
 
@@ -91,7 +92,7 @@ MUTANTS = [
     _mutant("null block handed out", ("self._num_touched = 1 ", "self._num_touched = 0 ")),
     _mutant(
         "stale key after an eviction",
-        ("            self._forget(block_id)\n", ""),
+        ("(last=False)\n            self._forget(block_id)\n", "(last=False)\n"),
     ),
     _mutant(
         "stale index after an eviction",
@@ -124,10 +125,17 @@ MUTANTS = [
         "seal keys a second equal block too",
         ("not in self._index:", "or True:"),
     ),
+    _mutant(
+        "unseal of the last block only",
+        (
+            "for block_id in seq.table:\n            if self._prefixes[block_id] is not None:",
+            "for block_id in seq.table[-1:]:\n            if self._prefixes[block_id] is not None:",
+        ),
+    ),
     _mutant("weak hash believed", WEAK_HASH, COMPARE),
     _mutant(
         "hash without the parent believed",
-        ('_field(b"P", parent_hash) + ', ""),
+        NO_PARENT,
         COMPARE,
     ),
     _mutant(
@@ -136,8 +144,8 @@ MUTANTS = [
         COMPARE,
     ),
     _mutant(
-        "weak hash, only the block's own ids compared",
-        WEAK_HASH,
+        "hash without the parent, only the block's own ids compared",
+        NO_PARENT,
         ("        a, b = a.parent, b.parent\n", "        return True\n"),
     ),
 ]
