@@ -6,6 +6,7 @@ KVCache and one RoPE table and keeps the step's plan between the calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +39,9 @@ class AttentionBackend(Protocol):
     """
 
     bytes_gathered: int
+
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Compile what the first step would wait for; progress(kernels done, of how many)."""
 
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare one step: slots, positions, work lists. Called before the first layer."""

@@ -1,0 +1,27 @@
+"""Where a step's new tokens stand and where their K and V go. Plain numbers, shared by backends."""
+
+from __future__ import annotations
+
+from kvchat.attention import AttentionBatch
+
+
+def plan_positions(batch: AttentionBatch) -> list[int]:
+    """[num_tokens] positions of the new tokens in their sequences, in row order."""
+    return [
+        position
+        for num_new, seq_len in zip(batch.query_lens, batch.seq_lens, strict=True)
+        for position in range(seq_len - num_new, seq_len)
+    ]
+
+
+def plan_slots(batch: AttentionBatch, block_size: int) -> list[int]:
+    """[num_tokens] slots (block_id * block_size + offset) of the new tokens, in row order."""
+    slots = [
+        table[position // block_size] * block_size + position % block_size
+        for num_new, seq_len, table in zip(
+            batch.query_lens, batch.seq_lens, batch.block_tables, strict=True
+        )
+        for position in range(seq_len - num_new, seq_len)
+    ]
+    assert min(slots) >= block_size, f"slot {min(slots)} lies in the null block"
+    return slots
