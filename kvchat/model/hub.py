@@ -6,6 +6,7 @@ variables (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Knows no tensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def download(repo_id: str, progress: Callable[[str, int, int], None]) -> Path:
     huggingface_hub, ModelError when the hub does not have or does not give the model.
     """
     try:
-        import huggingface_hub as hub
+        from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     except ImportError:
         raise UsageError(
@@ -48,11 +49,12 @@ def download(repo_id: str, progress: Callable[[str, int, int], None]) -> Path:
         RuntimeError,
         ValueError,
     )
-    endpoint = hub.constants.ENDPOINT
-    hub.utils.logging.set_verbosity_error()
+    endpoint = constants.ENDPOINT
+    # Its retries would be told on stderr past our sanitiser; the last failure is told here.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         try:
-            info = hub.HfApi().model_info(repo_id, files_metadata=True, timeout=10)
+            info = HfApi().model_info(repo_id, files_metadata=True, timeout=10)
         except (GatedRepoError, RepositoryNotFoundError):
             raise
         except failures as error:
