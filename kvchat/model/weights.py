@@ -96,15 +96,17 @@ class _Loader:
 
     def fetch(self, *names: str) -> Tensor:
         """The named tensors stacked along their first dimension, in the loader's dtype."""
-        parts = [self._mapped(self._stored_name(name)) for name in names]
+        names = tuple(map(self._stored_name, names))
+        parts = [self._mapped(name) for name in names]
         if len(parts) == 1:
             stacked = parts[0].to(self._device, self._dtype)  # still the mapping if nothing changes
         else:
-            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
             stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
-            for rows, part in zip(stacked.split([len(p) for p in parts]), parts, strict=True):
+        for name, part, rows in zip(names, parts, stacked.split([*map(len, parts)]), strict=True):
+            if len(parts) > 1:
                 rows.copy_(part)
-        _check_finite(stacked, names[0], self._dtype)
+            _check_finite(rows, name)
         self._done += sum(part.nbytes for part in parts)
         self._progress(self._done, self._total)
         return stacked
@@ -150,12 +152,12 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> No
             )
 
 
-def _check_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+def _check_finite(tensor: Tensor, name: str) -> None:
     low, high = tensor.aminmax()  # NaN spreads into both; no copy of a large tensor is made
     if torch.isfinite(low) and torch.isfinite(high):
         return
     num_bad = int((~torch.isfinite(tensor)).sum())
-    hint = "float16 holds up to 65504: use --dtype bfloat16 or float32"
-    if dtype != torch.float16:
-        hint = "the file is damaged or badly converted; fetch it again"
+    hint = "the file is damaged or badly converted; fetch it again"
+    if tensor.dtype == torch.float16:
+        hint = "float16 holds up to 65504: use --dtype bfloat16 or float32"
     raise ModelError(f'tensor "{name}": {num_bad} non-finite values; {hint}')
