@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
-from kvchat.errors import ModelError, UsageError
+from kvchat.errors import CapacityError, ModelError, UsageError
 from kvchat.model.families import SUPPORTED, parse_config, tensor_shapes
 from kvchat.model.source import resolve
 from kvchat.model.weights import choose_dtype, load_decoder
@@ -194,12 +194,21 @@ def test_dtype_auto_is_float32_on_a_cpu_while_it_fits(model):
     config, stored = parse_config(source), sum(source.stored_bytes().values())
 
     assert config.checkpoint_dtype == "bfloat16"
-    assert choose_dtype("auto", source, config, "cuda:0", 0) == "bfloat16"
+    assert choose_dtype("auto", source, config, "cuda:0", 5 * stored) == "bfloat16"
     assert choose_dtype("auto", source, config, "cpu", 5 * stored) == "float32"
     assert choose_dtype("auto", source, config, "cpu", 5 * stored - 1) == "bfloat16"
-    assert choose_dtype("float16", source, config, "cpu", 0) == "float16"
+    assert choose_dtype("float16", source, config, "cpu", stored) == "float16"
     with pytest.raises(UsageError, match="--dtype fp8: use auto, float32, bfloat16, float16"):
         choose_dtype("fp8", source, config, "cpu", 0)
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_sum(tiny):
+    source = resolve(str(tiny))
+    config, stored = parse_config(source), sum(source.stored_bytes().values())
+
+    assert choose_dtype("auto", source, config, "cpu", stored) == "float32"
+    with pytest.raises(CapacityError, match=r"need 374.2 KiB as float32, 374.2 KiB are available"):
+        choose_dtype("auto", source, config, "cpu", stored - 1)
 
 
 # --- what is refused

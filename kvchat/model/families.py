@@ -226,14 +226,13 @@ def _check_not_quantized(config: Mapping[str, object]) -> None:
 
 def _layer_windows(fields: _Fields, family: str, num_layers: int) -> tuple[int, ...]:
     """Per layer the sliding window in tokens, the token itself included; () when none slides."""
-    is_off = "sliding_window" in fields.values and fields.values["sliding_window"] is None
-    if family == "llama" or is_off:
+    if family == "mistral":
+        is_off = "sliding_window" in fields.values and fields.values["sliding_window"] is None
+        return () if is_off else (fields.integer("sliding_window", 4096, 2**27),) * num_layers
+    is_on = family in ("qwen2", "qwen3") and fields.boolean("use_sliding_window", False)
+    if not is_on or fields.values.get("sliding_window", 4096) is None:
         return ()
     window = fields.integer("sliding_window", 4096, 2**27)
-    if family == "mistral":
-        return (window,) * num_layers
-    if not fields.boolean("use_sliding_window", False):
-        return ()
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
         first = fields.values.get("max_window_layers", 28)

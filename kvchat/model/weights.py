@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvchat.config import DTYPE_BYTES, ModelConfig
-from kvchat.errors import ModelError, UsageError, quoted
+from kvchat.errors import CapacityError, ModelError, UsageError, quoted
+from kvchat.kv.planner import format_size
 from kvchat.model.decoder import Decoder
 from kvchat.model.families import tensor_shapes
 from kvchat.model.header import FLOAT_DTYPES, TensorInfo
@@ -32,16 +33,23 @@ def choose_dtype(
     On a CPU auto is float32 where its weights fit 40 % of the `available` bytes, for without
     AVX512-BF16 or AMX a prompt's matrix products in 16 bits take 4 to 5 times as long there
     (256 x 2048 x 5632: 55 ms against 233 and 285 ms); else the checkpoint's 16 bits.
+    Raises CapacityError when the weights alone are more than what is available.
     """
-    if asked != "auto":
-        if asked not in DTYPE_BYTES:
-            raise UsageError(f"--dtype {quoted(asked)}: use auto, {', '.join(DTYPE_BYTES)}")
-        return asked
-    if device != "cpu" or config.checkpoint_dtype == "float32":
-        return config.checkpoint_dtype
+    if asked not in ("auto", *DTYPE_BYTES):
+        raise UsageError(f"--dtype {quoted(asked)}: use auto, {', '.join(DTYPE_BYTES)}")
     num_values = sum(size // DTYPE_BYTES[dtype] for dtype, size in source.stored_bytes().items())
-    fits = num_values * DTYPE_BYTES["float32"] <= available * _FLOAT32_SHARE
-    return "float32" if fits else config.checkpoint_dtype
+    wide_bytes = num_values * DTYPE_BYTES["float32"]
+    dtype = config.checkpoint_dtype if asked == "auto" else asked
+    if asked == "auto" and device == "cpu" and wide_bytes <= available * _FLOAT32_SHARE:
+        dtype = "float32"
+    needed = num_values * DTYPE_BYTES[dtype]
+    if needed > available:
+        way_out = "--dtype bfloat16 or a smaller model" if dtype == "float32" else "a smaller model"
+        raise CapacityError(
+            f"the weights need {format_size(needed)} as {dtype}, {format_size(available)} are "
+            f"available; use {way_out}"
+        )
+    return dtype
 
 
 def load_decoder(
