@@ -13,7 +13,8 @@ class Request:
     """One reply being made: the conversation's token ids so far, growing by what is sampled.
 
     num_computed_tokens chases num_tokens; both count positions from the conversation's start.
-    `num_pending_tokens` are sampled on the device and not yet read (0 or 1).
+    `num_pending_tokens` are sampled on the device and not yet read (0 or 1 between two steps).
+    From `submit` on the scheduler owns it: others read it, and none but the scheduler changes it.
     """
 
     request_id: int

@@ -1,0 +1,167 @@
+"""The engine: one scheduler, one runner, one worker thread; requests in, events out.
+
+Everything but `step` may be called from any thread and answers at once: the lock is held while the
+scheduler decides and never while the model computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from kvchat.engine.request import Batch, Event, Request
+from kvchat.engine.scheduler import Scheduler
+from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV, map_blocks, read_stats
+from kvchat.errors import EngineError, quoted
+
+_logger = logging.getLogger(__name__)
+
+
+class StepHandle(Protocol):
+    """A launched step."""
+
+    def tokens(self) -> list[int]:
+        """Wait for it: one id per sampled row in row order, -1 where logits were not finite."""
+
+
+class StepRunner(Protocol):
+    """What computes a step: engine/runner, or a fake in tests."""
+
+    def launch(self, batch: Batch) -> StepHandle:
+        """Start the step; the batch's block tables are not read after this returns."""
+
+
+class Engine:
+    """Owns who runs. `listener` gets every event once, in order; it must hand over, never wait."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        listener: Callable[[list[Event]], None],
+        bytes_per_block: int = 0,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._listener = listener
+        self._bytes_per_block = bytes_per_block
+        self._lock = threading.Condition()  # over the scheduler and the outbox; told of new work
+        self._outbox: deque[Event] = deque()
+        self._delivery = threading.RLock()  # one thread delivers at a time, so order is kept
+        self._worker: threading.Thread | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Run steps in a thread of their own until `close`."""
+        assert self._worker is None, "the engine is started already"
+        self._worker = threading.Thread(target=self._work, name="kvchat-engine", daemon=True)
+        self._worker.start()
+
+    def close(self) -> None:
+        """Finish the step in progress, end every request (`abort`) and give all blocks back."""
+        with self._lock:
+            self._is_closed = True
+            self._lock.notify_all()
+        if self._worker is not None:
+            self._worker.join()
+        with self._lock:
+            self._outbox += self._scheduler.release_all()
+        self._deliver()
+
+    def submit(self, request: Request) -> None:
+        """Make a reply. Raises CapacityError, with the largest prompt that fits, if this cannot."""
+        with self._lock:
+            if self._is_closed:
+                raise EngineError("the engine is closed; start kvchat again")
+            self._scheduler.submit(request)
+            self._lock.notify_all()
+
+    def abort(self, request_id: int) -> Event | None:
+        """End a request now; its last event is returned and delivered. None: it ended before."""
+        with self._lock:
+            event = self._scheduler.abort(request_id)
+            self._outbox += [event] if event else []
+        self._deliver()
+        return event
+
+    def release(self, session_id: int) -> Event | None:
+        """Abort the session's request, if any, and give back the blocks it holds."""
+        with self._lock:
+            event = self._scheduler.release(session_id)
+            self._outbox += [event] if event else []
+        self._deliver()
+        return event
+
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int:
+        """Let the child share the parent's first num_tokens, as far as computed: how many."""
+        with self._lock:
+            return self._scheduler.fork(parent_session_id, child_session_id, num_tokens)
+
+    def trim(self, session_id: int, num_tokens: int) -> None:
+        """Let an idle session hold at most its first num_tokens."""
+        with self._lock:
+            self._scheduler.trim(session_id, num_tokens)
+
+    def set_foreground(self, session_id: int | None) -> None:
+        """The session on screen is served first and never gives way."""
+        with self._lock:
+            self._scheduler.set_foreground(session_id)
+
+    def stats(self) -> EngineStats:
+        """The numbers for /stats and the toolbar."""
+        with self._lock:
+            return read_stats(self._scheduler)
+
+    def pool_map(self) -> list[BlockOwner]:
+        """Who holds each block, by block id, for /pool."""
+        with self._lock:
+            return map_blocks(self._scheduler)
+
+    def session_kv(self, session_id: int) -> SessionKV:
+        """What the session holds in the pool, for /kv."""
+        with self._lock:
+            for holder_id, seq, num_tokens in self._scheduler.sequences():
+                if holder_id == session_id:
+                    num_blocks = len(set(seq.table))
+                    return SessionKV(num_tokens, num_blocks, num_blocks * self._bytes_per_block)
+        return SessionKV(0, 0, 0)
+
+    def step(self) -> bool:
+        """Do one step; False when there is nothing to do. For the worker, or tests without one.
+
+        Whatever goes wrong ends the requests of that step with a sentence, never the engine.
+        """
+        batch = None
+        try:
+            with self._lock:
+                batch = self._scheduler.schedule()
+            if batch is None:
+                return False
+            sampled = self._runner.launch(batch).tokens()
+            with self._lock:
+                self._outbox += self._scheduler.update(batch, sampled)
+        except Exception as error:
+            _logger.exception("a step failed")
+            sentence = f"the step failed ({type(error).__name__}: {quoted(str(error))}); send again"
+            with self._lock:
+                self._outbox += self._scheduler.fail(batch, sentence)
+        self._deliver()
+        return True
+
+    def _work(self) -> None:
+        while not self._is_closed:
+            if self.step():
+                continue
+            with self._lock:
+                self._lock.wait_for(lambda: self._is_closed or self._scheduler.has_requests)
+
+    def _deliver(self) -> None:
+        with self._delivery:
+            with self._lock:
+                events = [*self._outbox]
+                self._outbox.clear()
+            if events:
+                self._listener(events)

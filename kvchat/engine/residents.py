@@ -1,0 +1,114 @@
+"""The sequences of sessions that are not generating: what their next turn need not compute again.
+
+Other threads than the worker change this under the engine's lock, also while a step that reads the
+same block tables is being launched. So what is trimmed or dropped keeps its blocks until `settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvchat.kv.block_pool import BlockPool, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """token_ids are computed in the first slots of seq, which may have more until `settle`."""
+
+    seq: Sequence
+    token_ids: list[int]  # its own copy
+    request_id: int | None  # it is cut to this waiting request's prompt already
+
+
+class Residents:
+    """At most one resident per session, kept from the coldest to the one that was used last."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._held: dict[int, Resident] = {}  # by session id, coldest first
+        self._trimmed: list[Resident] = []  # until settle: their sequences are too long
+        self._dropped: list[Sequence] = []  # until settle: they belong to nobody
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[tuple[int, Resident]]:
+        return iter(self._held.items())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that dropping all would free; one that is shared counts once for each holder."""
+        return sum(len(resident.seq.table) for resident in self._held.values())
+
+    def get(self, session_id: int) -> Resident | None:
+        """What the session holds, to look at or to fork from."""
+        return self._held.get(session_id)
+
+    def keep(
+        self, session_id: int, seq: Sequence, token_ids: list[int], request_id: int | None = None
+    ) -> None:
+        """Own seq and token_ids, the computed ones, from now on, in place of what was held."""
+        self.drop(session_id)
+        self._held[session_id] = Resident(seq, token_ids, request_id)
+        self.trim(session_id, len(token_ids))
+
+    def take(self, session_id: int, token_ids: list[int], request_id: int) -> Sequence:
+        """A sequence, now the caller's, with the longest computed prefix of token_ids.
+
+        It is the session's, cut to what it shares with token_ids, or one from the prefix cache if
+        that has more. At least one token is left to compute. Call `settle` first.
+        """
+        resident = self._held.pop(session_id, None)
+        if resident is None:
+            return self._pool.alloc(token_ids)
+        if resident.request_id == request_id:
+            return resident.seq
+        num_common = min(_num_common(resident.token_ids, token_ids), len(token_ids) - 1)
+        if self._pool.match(token_ids) > num_common:
+            self._pool.free(resident.seq)
+            return self._pool.alloc(token_ids)
+        self._pool.truncate(resident.seq, num_common)
+        return resident.seq
+
+    def trim(self, session_id: int, num_tokens: int) -> None:
+        """Hold at most the first num_tokens."""
+        resident = self._held.get(session_id)
+        if resident is None:
+            return
+        del resident.token_ids[num_tokens:]
+        if not resident.token_ids:
+            self.drop(session_id)
+        elif resident.seq.num_tokens > len(resident.token_ids):
+            self._trimmed.append(resident)
+
+    def drop(self, session_id: int) -> None:
+        """Forget the session."""
+        if resident := self._held.pop(session_id, None):
+            self._dropped.append(resident.seq)
+
+    def drop_coldest(self, spared_session_id: int | None) -> bool:
+        """Free, at once, what was idle for longest, the spared session last; False: none left."""
+        if not self._held:
+            return False
+        session_id = min(self._held, key=lambda held_id: held_id == spared_session_id)
+        self._pool.free(self._held.pop(session_id).seq)
+        return True
+
+    def settle(self) -> None:
+        """Give back the blocks of what was trimmed and dropped; every step is launched by now."""
+        for seq in self._dropped:
+            self._pool.free(seq)
+        for resident in self._trimmed:
+            if not resident.seq.is_freed and resident.seq.num_tokens > len(resident.token_ids):
+                self._pool.truncate(resident.seq, len(resident.token_ids))
+        self._dropped.clear()
+        self._trimmed.clear()
+
+
+def _num_common(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    num_shorter = min(len(a), len(b))
+    if a[:num_shorter] == b[:num_shorter]:
+        return num_shorter
+    return next(idx for idx in range(num_shorter) if a[idx] != b[idx])

@@ -1,0 +1,384 @@
+"""Who runs in the next step, with which tokens and blocks. Knows ids and counts, never tensors.
+
+There is no prefill and no decode here: every request has num_computed_tokens chasing num_tokens,
+and a step hands a budget of tokens to all of them, in one order: the foreground session's request,
+then by arrival. Whoever needs a block takes it, in this order, from: the free queue (the prefix
+cache is its end), the coldest idle session, the youngest running request behind it in the order.
+A waiting request in the background only takes what is free or idle. The first in the order can
+thus always go on, and a request that the pool can hold alone always ends.
+
+Who owns a sequence: a running request (request.seq), else the session's resident, nobody else.
+A sequence covers, in positions:
+
+    [0, num_computed_tokens)              computed once all launched steps are done
+    [num_computed_tokens, seq.num_tokens) slots of a prompt that is taken in chunks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvchat.config import SchedulerConfig
+from kvchat.engine.request import Batch, Event, Request, Row
+from kvchat.engine.residents import Residents
+from kvchat.errors import CapacityError, UsageError
+from kvchat.kv.block_pool import BlockOp, BlockPool, Sequence
+
+NON_FINITE = "the model's output was not finite; the turn was stopped, its cached tokens forgotten"
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Counted since the start. A decode row computes one token that was sampled before."""
+
+    num_steps: int = 0
+    num_decode_steps: int = 0  # with at least one decode row
+    num_decode_rows: int = 0
+    num_scheduled_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0  # of prompts, not computed again
+    num_preemptions: int = 0
+    num_drops: int = 0  # idle sessions that lost their blocks to others
+
+
+class Scheduler:
+    """The requests of all sessions, one at most for each, and what idle sessions hold.
+
+    `schedule` and `update` are called in turn. `schedule` may run one step ahead: before the
+    `update` of a step that is launched. All other methods may be called at any time between.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.counters = SchedulerCounters()
+        # Every running request gets a token in every step, so no more may run than there are.
+        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._requests: dict[int, Request] = {}  # unfinished, by session id, in order of arrival
+        self._residents = Residents(pool)
+        self._num_running = 0  # of _requests, those with a sequence
+        self._foreground: int | None = None
+        self._launched: list[Batch] = []  # scheduled, not yet updated: two at most
+
+    @property
+    def has_requests(self) -> bool:
+        """There is something to schedule."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a sequence."""
+        return self._num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not; wait_reason says why."""
+        return len(self._requests) - self._num_running
+
+    def sequences(self) -> Iterator[tuple[int, Sequence, int]]:
+        """(session id, sequence, tokens computed in it) of everything that holds blocks."""
+        for session_id, request in self._requests.items():
+            if request.seq is not None:
+                yield session_id, request.seq, request.num_computed_tokens
+        for session_id, resident in self._residents:
+            yield session_id, resident.seq, len(resident.token_ids)
+
+    def submit(self, request: Request) -> None:
+        """Take the request in, or raise CapacityError when it could not fit with nobody else there.
+
+        token_ids is the scheduler's from here on. What the session computed before is not again.
+        """
+        assert request.session_id not in self._requests, f"two requests: {request.session_id=}"
+        num_tokens, limit = len(request.token_ids), self.config.max_request_tokens
+        if not num_tokens:
+            raise UsageError("the prompt is empty; type a message first")
+        if num_tokens >= limit:
+            is_pool = limit < self.config.max_model_len
+            holder, flag = ("the KV pool", "--kv-mem") if is_pool else ("a session", "--ctx-size")
+            raise CapacityError(
+                f"the prompt has {num_tokens} tokens and at most {limit - 1} fit, as {holder} holds"
+                f" {limit} with the reply; shorten the chat by {num_tokens - limit + 1} tokens"
+                f" or raise {flag}"
+            )
+        self._requests[request.session_id] = request
+
+    def abort(self, request_id: int) -> Event | None:
+        """End a request where it is, keeping what it has computed; None when it ended before."""
+        for request in self._requests.values():
+            if request.request_id == request_id:
+                event = self._finish(request, "abort")
+                self._settle_if_idle()
+                return event
+        return None
+
+    def set_foreground(self, session_id: int | None) -> None:
+        """The session on screen: it is served first and never gives way to others."""
+        self._foreground = session_id
+
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int:
+        """Let the child share the parent's first num_tokens, as far as computed; returns how many.
+
+        The parent may be generating. A parent that holds nothing is no error: the child's first
+        turn then finds in the prefix cache what is left there.
+        """
+        assert child_session_id not in self._requests, f"{child_session_id=} is generating"
+        parent = self._requests.get(parent_session_id)
+        if parent is not None and parent.seq is not None:
+            num_tokens = min(num_tokens, parent.num_computed_tokens)
+            seq, token_ids = parent.seq, parent.token_ids[:num_tokens]
+        elif (resident := self._residents.get(parent_session_id)) is not None:
+            seq, token_ids = resident.seq, resident.token_ids[:num_tokens]
+        else:
+            return 0
+        self._residents.keep(child_session_id, self.pool.fork(seq, len(token_ids)), token_ids)
+        self._settle_if_idle()
+        return len(token_ids)
+
+    def trim(self, session_id: int, num_tokens: int) -> None:
+        """Let an idle session hold at most its first num_tokens; a running one is not touched."""
+        if session_id not in self._requests:
+            self._residents.trim(session_id, num_tokens)
+            self._settle_if_idle()
+
+    def release(self, session_id: int) -> Event | None:
+        """End the session's request, if any, and give all it holds back to the pool."""
+        request = self._requests.get(session_id)
+        event = self._finish(request, "abort") if request is not None else None
+        self._residents.drop(session_id)
+        self._settle_if_idle()
+        return event
+
+    def release_all(self) -> list[Event]:
+        """Release every session; the events are those of the requests that were not finished."""
+        session_ids = {session_id for session_id, _ in self._residents} | self._requests.keys()
+        events = [self.release(session_id) for session_id in sorted(session_ids)]
+        return [event for event in events if event is not None]
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None when there is nothing to do before a launched step's update."""
+        self._residents.settle()
+        batch = Batch([], [], 0)
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.counters.num_preemptions
+        num_waiting, blocked = 0, ""
+        # One newcomer a step gets in beside a long prompt that would take all of the budget.
+        num_kept = int(self._num_running < min(len(self._requests), self._max_running))
+        num_served = 0  # running requests that this loop has passed
+        for request in self._by_priority():
+            if request.seq is None:
+                num_kept = 0
+                if not blocked and self.counters.num_preemptions != num_preemptions:
+                    blocked = "memory"
+                has_budget = budget > self._num_running - num_served
+                blocked = blocked or self._admit(request, has_budget, batch)
+                if blocked:
+                    request.wait_reason = f"waiting for {blocked} ({num_waiting} ahead)"
+                    num_waiting += 1
+                    continue
+            num_served += 1
+            # Everybody behind it is owed one token.
+            num_owed = self._num_running - num_served + num_kept
+            budget -= self._serve(request, budget - num_owed, batch)
+        if not batch.rows:
+            assert self._launched or not self._requests, f"stalled: {self._requests}"
+            return None
+        batch.num_tokens = self.config.max_num_batched_tokens - budget
+        self._count(batch)
+        self._launched.append(batch)
+        return batch
+
+    def update(self, batch: Batch, sampled: list[int]) -> list[Event]:
+        """Apply a step's result: one token id per sampled row, in row order, -1 = not finite.
+
+        A step that was scheduled meanwhile is launched by now. Rows of requests that have ended
+        since are skipped; a preempted request keeps its token and computes it again.
+        """
+        assert batch is self._launched[0], "steps are read in the order of their launch"
+        del self._launched[0]
+        events = []
+        block_size = self.config.block_size
+        sampled_ids = iter(sampled)
+        for row in batch.rows:
+            request = row.request
+            token_id = next(sampled_ids) if row.is_sampled else None
+            if request.finish_reason is not None:
+                continue
+            if token_id is not None and token_id < 0:
+                if request.seq is not None:
+                    self.pool.unseal(request.seq)
+                events.append(self._finish(request, "error", NON_FINITE))
+                continue
+            end = row.start + row.num_tokens
+            has_filled_block = end % block_size < row.num_tokens
+            if has_filled_block and request.seq is not None:
+                self.pool.seal(request.seq, request.token_ids, end)
+            if token_id is not None:
+                events.append(self._accept(request, token_id))
+        self._residents.settle()
+        return events
+
+    def fail(self, batch: Batch | None, error: str) -> list[Event]:
+        """End the requests of a step that was not done (None: all requests) with this sentence.
+
+        What the idle sessions hold is dropped: a step may have been to write into it. All that
+        was sealed stays cached.
+        """
+        if batch in self._launched:
+            self._launched.remove(batch)
+        requests = [row.request for row in batch.rows] if batch else [*self._requests.values()]
+        events = []
+        for request in requests:
+            if request.finish_reason is None:
+                events.append(self._finish(request, "error", error))
+        while self._residents.drop_coldest(None):
+            self.counters.num_drops += 1
+        self._residents.settle()
+        return events
+
+    def _by_priority(self) -> list[Request]:
+        """The foreground's request, then by arrival."""
+        first = self._requests.get(self._foreground) if self._foreground is not None else None
+        if first is None:
+            return list(self._requests.values())
+        return [first, *(request for request in self._requests.values() if request is not first)]
+
+    def _admit(self, request: Request, has_budget: bool, batch: Batch) -> str:
+        """Give a waiting request its sequence, with slots for all its tokens; or what it lacks."""
+        if request.num_pending_tokens:  # preempted; the token is read before the next step
+            return "its turn"
+        is_foreground = request.session_id == self._foreground
+        if self._num_running == self._max_running:
+            if (victim := self._victim(request)) is None:
+                return "its turn"
+            self._preempt(victim)
+        elif not has_budget:
+            return "its turn"
+        token_ids = request.token_ids
+        seq = self._residents.take(request.session_id, token_ids, request.request_id)
+        num_computed = seq.num_tokens
+        # Each running request is left a block to grow into, else it would soon preempt this one.
+        num_blocks = -(-len(token_ids) // self.config.block_size) - len(seq.table)
+        num_blocks += 0 if is_foreground else self._num_running
+        ops = None
+        if is_foreground or num_blocks <= self.pool.num_free + self._residents.num_blocks:
+            ops = self._claim(request, seq, len(token_ids) - num_computed)
+        if ops is None:
+            held_ids = token_ids[:num_computed]
+            self._residents.keep(request.session_id, seq, held_ids, request.request_id)
+            return "memory"
+        batch.block_ops += ops
+        request.seq, request.num_computed_tokens, request.wait_reason = seq, num_computed, ""
+        self._num_running += 1
+        if not request.num_preemptions:
+            request.num_cached_tokens = num_computed
+            self.counters.num_cached_tokens += num_computed
+        return ""
+
+    def _serve(self, request: Request, budget: int, batch: Batch) -> int:
+        """Add a running request's row of at most `budget` tokens to the step; returns how many."""
+        seq = request.seq
+        assert seq is not None and budget > 0, f"{seq=} {budget=}"
+        num_pending = request.num_pending_tokens
+        num_tokens = len(request.token_ids) + num_pending
+        if num_pending and num_tokens >= self._limit(request):
+            return 0  # it ends when its pending token is read
+        start = request.num_computed_tokens
+        num_new = min(num_tokens - start, budget)
+        num_slots = start + num_new - seq.num_tokens
+        if num_slots > 0:
+            ops = self._claim(request, seq, num_slots)
+            if ops is None:  # it keeps its blocks until somebody before it wants them
+                request.wait_reason = "waiting for memory (0 ahead)"
+                return 0
+            request.wait_reason = ""
+            batch.block_ops += ops
+        is_sampled = start + num_new == num_tokens
+        if is_sampled:
+            request.num_pending_tokens = num_pending + 1
+        request.num_computed_tokens = start + num_new
+        batch.rows.append(Row(request, start, num_new, is_sampled))
+        return num_new
+
+    def _claim(self, request: Request, seq: Sequence, num_tokens: int) -> list[BlockOp] | None:
+        """Slots for num_tokens more, whoever has to give way; None when nobody has to."""
+        while (ops := self.pool.append(seq, num_tokens)) is None:
+            if self._residents.drop_coldest(self._foreground):
+                self.counters.num_drops += 1
+                continue
+            victim = self._victim(request)
+            if victim is None:
+                return None
+            self._preempt(victim)
+        return ops
+
+    def _victim(self, request: Request) -> Request | None:
+        """The youngest running request that comes after this one, never the foreground's."""
+        is_foreground = request.session_id == self._foreground
+        if request.seq is None and not is_foreground:
+            return None
+        for other in reversed(self._requests.values()):
+            if other is request and not is_foreground:
+                return None
+            if other.seq is not None and other.session_id != self._foreground:
+                return other
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it computes again later what is not cached then."""
+        assert request.seq is not None, f"{request.request_id=} is not running"
+        self.pool.free(request.seq)
+        request.seq, request.num_computed_tokens = None, 0
+        request.num_preemptions += 1
+        self._num_running -= 1
+        self.counters.num_preemptions += 1
+
+    def _limit(self, request: Request) -> int:
+        """The number of tokens at which the request ends: its own cap or the context's."""
+        limit = self.config.max_request_tokens
+        max_tokens = request.sampling.max_tokens
+        return limit if max_tokens is None else min(limit, request.num_prompt_tokens + max_tokens)
+
+    def _accept(self, request: Request, token_id: int) -> Event:
+        """Append what was sampled and end the request if that ends it."""
+        token_ids = request.token_ids
+        token_ids.append(token_id)
+        request.num_pending_tokens -= 1
+        self.counters.num_generated_tokens += 1
+        is_first = len(token_ids) == request.num_prompt_tokens + 1
+        num_cached = request.num_cached_tokens if is_first else 0
+        sampling = request.sampling
+        reason = None
+        if token_id in sampling.stop_token_ids and not sampling.ignore_eos:
+            reason = "stop"
+        elif len(token_ids) >= self._limit(request):
+            reason = "length"
+        if reason is not None:
+            self._finish(request, reason)
+        return Event(request.request_id, request.session_id, (token_id,), reason, "", num_cached)
+
+    def _finish(self, request: Request, reason: str, error: str = "") -> Event:
+        """Take the request out. Its session keeps what is computed, but not after an error.
+
+        request.seq stays as it is: a step that is being launched may still read it.
+        """
+        del self._requests[request.session_id]
+        request.finish_reason, request.wait_reason = reason, ""
+        if request.seq is not None:
+            self._num_running -= 1
+            token_ids = [] if error else request.token_ids[: request.num_computed_tokens]
+            self._residents.keep(request.session_id, request.seq, token_ids)
+        return Event(request.request_id, request.session_id, (), reason, error)
+
+    def _settle_if_idle(self) -> None:
+        if not self._launched:
+            self._residents.settle()
+
+    def _count(self, batch: Batch) -> None:
+        num_decodes = sum(
+            row.num_tokens == 1 and row.start >= row.request.num_prompt_tokens for row in batch.rows
+        )
+        self.counters.num_steps += 1
+        self.counters.num_decode_steps += num_decodes > 0
+        self.counters.num_decode_rows += num_decodes
+        self.counters.num_scheduled_tokens += batch.num_tokens
