@@ -49,7 +49,8 @@ class AttentionBackend(Protocol):
     def write_kv(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate q and k by position, store k and v in the planned slots, return the rotated q.
 
-        q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
+        q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]. The
+        rotated q is for attend alone, and may be of a wider dtype.
         """
 
     def attend(self, layer_idx: int, q: Tensor) -> Tensor:

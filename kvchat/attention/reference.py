@@ -40,23 +40,21 @@ class ReferenceBackend:
         ]
 
     def write_kv(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See AttentionBackend.write_kv."""
+        """See AttentionBackend.write_kv; the rotated q comes as float32."""
         blocks = self._cache.layer(layer_idx)
         blocks[self._block_ids, 0, :, self._offsets] = apply_rope(k, self._cos, self._sin)
         blocks[self._block_ids, 1, :, self._offsets] = v
-        return apply_rope(q, self._cos, self._sin)
+        return apply_rope(q.float(), self._cos, self._sin)
 
     def attend(self, layer_idx: int, q: Tensor) -> Tensor:
         """See AttentionBackend.attend."""
         config, batch = self._config, self._batch
         window = config.layer_windows[layer_idx] if config.layer_windows else 0
-        chunks = q.split(batch.query_lens)
-        return torch.cat(
-            [
-                _attend_dense(chunk, *self._gather(layer_idx, idx), window, config.attention_scale)
-                for idx, chunk in enumerate(chunks)
-            ]
-        )
+        out = [
+            _attend_dense(chunk, *self._gather(layer_idx, idx), window, config.attention_scale)
+            for idx, chunk in enumerate(q.split(batch.query_lens))
+        ]
+        return torch.cat(out).to(self._cache.blocks.dtype)
 
     def _gather(self, layer_idx: int, seq_idx: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence, each [num_kv_heads, seq_len, head_dim]."""
@@ -69,8 +67,8 @@ class ReferenceBackend:
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """softmax(scale q k^T) v, where query i of n stands at position seq_len - n + i.
 
-    q: [n, num_heads, head_dim]; k, v: [num_kv_heads, seq_len, head_dim]; returns q's shape and
-    dtype. A window of w lets a query see itself and the w - 1 tokens before it; 0 is no window.
+    q: [n, num_heads, head_dim]; k, v: [num_kv_heads, seq_len, head_dim]; float32 in q's shape
+    comes back. A window of w lets a query see itself and the w - 1 tokens before it; 0 is no window.
     """
     num_new, seq_len = q.shape[0], k.shape[1]
     key_positions = torch.arange(seq_len, device=q.device)
@@ -83,4 +81,4 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) ->
     scores = grouped @ k.float()[:, None].mT * scale
     weights = scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1)
     out: Tensor = weights @ v.float()[:, None]
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
