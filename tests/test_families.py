@@ -2,20 +2,29 @@
 
 import json
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
 from dense_backend import DenseBackend
 
 from kvchat.attention import AttentionBatch
+from kvchat.attention.backends import make_backend
+from kvchat.attention.rope import build_rope
+from kvchat.config import KVSpec, ModelConfig
+from kvchat.kv.cache import KVCache
+from kvchat.model.decoder import Decoder
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
 from kvchat.model.weights import load_decoder
 
 transformers = pytest.importorskip("transformers")
 
-PROMPT_LENS = (1, 16, 17, 33)
+LENS = (1, 16, 17, 33)
 NUM_GREEDY = 64
+BACKENDS = ("dense", "reference", "cpu")
+BLOCK_SIZE = 16
+BLOCKS_EACH = 7  # 33 + 64 tokens
 # A reply is compared until transformers' two best logits are closer than this: rounding decides.
 TIE_GAP = 1e-3
 TINY = {
@@ -31,6 +40,9 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+PROMPTS = [[(7 * i * i + 31 * n) % 160 for i in range(n)] for n in LENS]
+# Blocks of the sequences interleaved and out of order.
+TABLES = [[1 + i + len(LENS) * (3 * b % BLOCKS_EACH) for b in range(BLOCKS_EACH)] for i in range(4)]
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
@@ -103,9 +115,26 @@ def make_model(case: str):
     return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Case:
+    """One saved checkpoint: kvchat's decoder, and what transformers says for PROMPTS."""
+
+    decoder: Decoder
+    logits: list[torch.Tensor]  # per prompt [len, vocab]
+    replies: list[tuple[list[int], int]]  # per prompt 64 greedy ids, how many before a near-tie
+
+
 @pytest.fixture(scope="module", params=list(CASES))
-def pair(request, tmp_path_factory):
-    """(transformers model, kvchat decoder) of one saved checkpoint."""
+def case(request, tmp_path_factory) -> Case:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model = make_model(request.param)
     folder = tmp_path_factory.mktemp(request.param)
@@ -113,7 +142,26 @@ def pair(request, tmp_path_factory):
     model.save_pretrained(folder, **shards)
     assert (folder / "model.safetensors.index.json").exists() == bool(shards)
     source = resolve(str(folder))
-    return model, load_decoder(source, parse_config(source), "float32")
+    with torch.no_grad():
+        return Case(
+            decoder=load_decoder(source, parse_config(source), "float32"),
+            logits=[model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS],
+            replies=[greedy_transformers(model, prompt) for prompt in PROMPTS],
+        )
+
+
+def greedy_transformers(model, prompt: list[int]) -> tuple[list[int], int]:
+    """(64 greedy ids, how many come before the first near-tie)."""
+    ids, past, new, num_certain = [], None, prompt, NUM_GREEDY
+    for position in range(NUM_GREEDY):
+        out = model(torch.tensor([new]), past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        best, second = out.logits[0, -1].topk(2).values.tolist()
+        if best - second < TIE_GAP:
+            num_certain = min(num_certain, position)
+        new = [int(out.logits[0, -1].argmax())]
+        ids += new
+    return ids, num_certain
 
 
 def reloaded(folder):
@@ -121,117 +169,103 @@ def reloaded(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENS]
+def make(backend: str, config: ModelConfig):
+    """An attention backend by name; a pool's unwritten slots are NaN."""
+    if backend == "dense":
+        return DenseBackend(config)
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "float32")
+    cache = KVCache(spec, 1 + len(PROMPTS) * BLOCKS_EACH)
+    cache.blocks[1:] = float("nan")
+    return make_backend(backend, config, cache, build_rope(config, BLOCKS_EACH * BLOCK_SIZE))
 
 
-def step(decoder, backend, rows: list[list[int]], seq_lens: list[int], all_logits=False):
-    """One ragged step; `rows` are the new tokens of each sequence."""
-    query_lens = [len(row) for row in rows]
-    backend.plan(AttentionBatch(query_lens, seq_lens, [[i] for i in range(len(rows))]))
+def step(decoder, backend, rows: dict[int, list[int]], seq_lens: dict[int, int], every=False):
+    """One ragged step: sequence -> new tokens, sequence -> its length after them. Logits of each
+    sequence's last new token, or of every new token."""
+    query_lens = [len(row) for row in rows.values()]
+    tables = [TABLES[i] for i in rows]
+    backend.plan(AttentionBatch(query_lens, [seq_lens[i] for i in rows], tables))
     ends = torch.tensor(query_lens).cumsum(0) - 1
-    wanted = torch.arange(sum(query_lens)) if all_logits else ends
-    return decoder(torch.tensor([t for row in rows for t in row]), backend, wanted)
+    wanted = torch.arange(sum(query_lens)) if every else ends
+    return decoder(torch.tensor([t for row in rows.values() for t in row]), backend, wanted)
 
 
-def test_logits_equal_transformers_on_ragged_batches(pair):
-    model, decoder = pair
-    rows = prompts(TINY["vocab_size"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_equal_transformers_on_ragged_batches(case, backend):
+    rows, lens = dict(enumerate(PROMPTS)), dict(enumerate(LENS))
 
-    found = step(decoder, DenseBackend(decoder.config), rows, list(PROMPT_LENS), all_logits=True)
+    found = step(case.decoder, make(backend, case.decoder.config), rows, lens, every=True)
 
-    with torch.no_grad():
-        wanted = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+    wanted = torch.cat(case.logits)
     assert wanted.std() > 0.3, "logits too flat to tell anything"
     assert (found - wanted).abs().max() < 1e-4
 
 
-def test_logits_equal_when_prompts_come_in_chunks(pair):
-    model, decoder = pair
-    rows, backend = prompts(TINY["vocab_size"]), DenseBackend(decoder.config)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_equal_when_prompts_come_in_chunks(case, backend):
+    made = make(backend, case.decoder.config)
 
-    for start in range(0, 33, 7):  # sequences join late, so that each ends with the last chunk
-        late = [(i, row[max(0, start - 33 + len(row)) : max(0, start - 26 + len(row))])
-                for i, row in enumerate(rows)]  # fmt: skip
-        live = [(i, part) for i, part in late if part]
-        lens = [min(len(rows[i]), start + 7 - 33 + len(rows[i])) for i, _ in live]
-        backend.plan(AttentionBatch([len(p) for _, p in live], lens, [[i] for i, _ in live]))
-        ends = torch.tensor([len(part) for _, part in live]).cumsum(0) - 1
-        found = decoder(torch.tensor([t for _, part in live for t in part]), backend, ends)
+    # chunks of 7, the shorter prompts joining late, so that all end with the last step
+    for num_missing in range(28, -1, -7):
+        lens = {i: n - num_missing for i, n in enumerate(LENS) if n > num_missing}
+        rows = {i: PROMPTS[i][max(0, n - 7) : n] for i, n in lens.items()}
+        found = step(case.decoder, made, rows, lens)
 
-    with torch.no_grad():
-        wanted = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
-    assert (found - wanted).abs().max() < 1e-4
+    assert (found - torch.stack([logits[-1] for logits in case.logits])).abs().max() < 1e-4
 
 
-def greedy_transformers(model, prompt: list[int]) -> tuple[list[int], int]:
-    """(64 greedy ids, how many come before the first near-tie)."""
-    ids, past, new, agreed = [], None, prompt, NUM_GREEDY
-    with torch.no_grad():
-        for position in range(NUM_GREEDY):
-            out = model(torch.tensor([new]), past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            best, second = out.logits[0, -1].topk(2).values.tolist()
-            if best - second < TIE_GAP:
-                agreed = min(agreed, position)
-            new = [int(out.logits[0, -1].argmax())]
-            ids += new
-    return ids, agreed
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_greedy_replies_equal_transformers(case, backend, request):
+    made, lens = make(backend, case.decoder.config), dict(enumerate(LENS))
+    replies: list[list[int]] = [[] for _ in PROMPTS]
 
-
-def test_greedy_replies_equal_transformers(pair, request):
-    model, decoder = pair
-    rows, backend = prompts(TINY["vocab_size"])[::3], DenseBackend(decoder.config)
-    replies: list[list[int]] = [[] for _ in rows]
-
-    new, lens = rows, [len(row) for row in rows]
+    new = dict(enumerate(PROMPTS))
     for _ in range(NUM_GREEDY):
-        new = [[t] for t in step(decoder, backend, new, lens).argmax(-1).tolist()]
-        lens = [n + 1 for n in lens]
-        for reply, token in zip(replies, new, strict=True):
-            reply += token
+        best = step(case.decoder, made, new, lens).argmax(-1).tolist()
+        new = {i: [token] for i, token in enumerate(best)}
+        lens = {i: n + 1 for i, n in lens.items()}
+        for reply, token in zip(replies, best, strict=True):
+            reply.append(token)
 
-    num_compared = 0
-    for row, reply in zip(rows, replies, strict=True):
-        wanted, agreed = greedy_transformers(model, row)
-        assert reply[:agreed] == wanted[:agreed]
-        num_compared += agreed
-    print(f"{request.node.callspec.id}: {num_compared} of {len(rows) * NUM_GREEDY} ids compared")
-    assert num_compared >= len(rows) * NUM_GREEDY // 2
+    for reply, (wanted, num_certain) in zip(replies, case.replies, strict=True):
+        assert reply[:num_certain] == wanted[:num_certain]
+    num_compared = sum(num_certain for _, num_certain in case.replies)
+    print(f"{request.node.callspec.id}: {num_compared} of {len(PROMPTS) * NUM_GREEDY} compared")
+    assert num_compared >= len(PROMPTS) * NUM_GREEDY // 2
 
 
-def test_every_weight_is_read_once_a_step(pair):
-    _, decoder = pair
-    before = [linear.num_reads for linear in decoder.linears()]
+def test_every_weight_is_read_once_a_step(case):
+    before = [linear.num_reads for linear in case.decoder.linears()]
 
-    step(decoder, DenseBackend(decoder.config), prompts(TINY["vocab_size"]), list(PROMPT_LENS))
+    logits_of(case.decoder)
 
-    assert [x.num_reads - n for x, n in zip(decoder.linears(), before, strict=True)] == [1] * len(
-        before
-    )
-    assert len(before) == 4 * TINY["num_hidden_layers"] + 1
+    reads = [x.num_reads - n for x, n in zip(case.decoder.linears(), before, strict=True)]
+    assert reads == [1] * (4 * TINY["num_hidden_layers"] + 1)
+
+
+def logits_of(decoder: Decoder) -> torch.Tensor:
+    """Of the longest prompt alone, [33, vocab]."""
+    return step(decoder, make("dense", decoder.config), {3: PROMPTS[3]}, {3: LENS[3]}, every=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3"])
-def test_16_bit_loads_hold_the_rounded_weights(case, dtype, tmp_path):
-    model = make_model(case)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_16_bit_loads_hold_the_rounded_weights(name, dtype, tmp_path):
+    model = make_model(name)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype).save_pretrained(tmp_path)
     source = resolve(str(tmp_path))
     config = parse_config(source)
 
     decoder = load_decoder(source, config, dtype)
-    row = prompts(TINY["vocab_size"])[3]
-    found = step(decoder, DenseBackend(decoder.config), [row], [len(row)], all_logits=True)
+    found = logits_of(decoder)
 
     assert config.checkpoint_dtype == dtype and decoder.dtype == torch_dtype
     attention = model.model.layers[1].self_attn
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     assert torch.equal(decoder.layers[1].qkv.weight, torch.cat([p.weight for p in parts]))
     with torch.no_grad():
-        wanted = reloaded(tmp_path)(torch.tensor([row])).logits[0]
+        wanted = reloaded(tmp_path)(torch.tensor([PROMPTS[3]])).logits[0]
     error = (found - wanted).abs().max() / wanted.std()
     assert error < (0.03 if dtype == "float16" else 0.25)
 
@@ -241,11 +275,10 @@ def test_16_bit_checkpoint_in_float32_equals_transformers(tmp_path):
     source = resolve(str(tmp_path))
 
     decoder = load_decoder(source, parse_config(source), "float32")
-    row = prompts(TINY["vocab_size"])[3]
-    found = step(decoder, DenseBackend(decoder.config), [row], [len(row)], all_logits=True)
+    found = logits_of(decoder)
 
     with torch.no_grad():
-        assert (found - reloaded(tmp_path)(torch.tensor([row])).logits[0]).abs().max() < 1e-4
+        assert (found - reloaded(tmp_path)(torch.tensor([PROMPTS[3]])).logits[0]).abs().max() < 1e-4
 
 
 OLD_STYLE = [
