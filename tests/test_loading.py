@@ -131,6 +131,8 @@ def test_a_wrong_path_suggests_near_names(tiny):
         resolve(str(tiny / "nowhere" / "model.safetensors"))
     with pytest.raises(UsageError, match=r"x\\x1b\[2J"):
         resolve(str(tiny / "x\x1b[2J"))
+    with pytest.raises(UsageError, match="cannot be opened: File name too long"):
+        resolve("x" * 5000)
 
 
 def test_fingerprints_tell_weights_and_configs_apart(model, tiny):

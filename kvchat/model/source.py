@@ -63,16 +63,19 @@ def resolve(target: str, progress: Progress = lambda what, done, total: None) ->
     """Find and check everything `target` needs. Raises UsageError for a name that is nowhere,
     ModelError for a model that is refused."""
     path = Path(target).expanduser()
-    if path.is_dir():
-        return _open(path, _weight_files(path), path.resolve().name)
-    if path.exists() or path.is_symlink():
-        return _open_file(path)
-    if _HUB_ID.fullmatch(target) and not target.endswith((".safetensors", ".json")):
+    try:
+        if path.is_dir():
+            return _open(path, _weight_files(path), path.resolve().name)
+        if path.exists() or path.is_symlink():
+            return _open_file(path)
+        if not _HUB_ID.fullmatch(target) or target.endswith((".safetensors", ".json")):
+            raise UsageError(f"no such file or folder: {quoted(target)}{_near_names(path)}")
         from kvchat.model.hub import download
 
         folder = download(target, progress)
         return _open(folder, _weight_files(folder), target)
-    raise UsageError(f"no such file or folder: {quoted(target)}{_near_names(path)}")
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise UsageError(f"{quoted(target)} cannot be opened: {error.strerror}") from None
 
 
 def _near_names(path: Path) -> str:
@@ -118,7 +121,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         names = ", ".join(quoted(entry.name, 40) for entry in found[:3])
         raise ModelError(f"{quoted(str(folder))} has {len(found)} weight files; name one: {names}")
     for entry in entries:
-        check_readable(entry) if entry.is_file() else None
+        if entry.is_file():
+            check_readable(entry)  # a pickle or GGUF is refused by name
     raise ModelError(
         f"no weights in {quoted(str(folder))}: looked for model.safetensors, {INDEX_NAME} "
         "and one *.safetensors file"
