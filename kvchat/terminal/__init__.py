@@ -1,1 +1,1 @@
-"""What a person sees: the input loop, commands, views, and the one way text reaches the terminal."""
+"""What a person sees: the loop, commands, views, and the one way text reaches the terminal."""

@@ -1,0 +1,232 @@
+"""The command `kvchat`: parse, build, call. A KvchatError becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvchat import __version__, paths
+from kvchat.chat.options import OPTIONS, set_sampling
+from kvchat.config import SamplingParams
+from kvchat.errors import KvchatError, UsageError
+from kvchat.terminal.show import Show
+
+if TYPE_CHECKING:
+    from kvchat.chat.runtime import RunOptions, Runtime
+
+# Exit codes as a shell counts them: 128 + the signal's number.
+EXIT_INTERNAL = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE = 128 + signal.SIGPIPE
+
+# Flags of options that llama.cpp spells otherwise than our /set does.
+SHORT_FLAGS = {"n": ("-n", "--predict"), "typical_p": ("--typical-p", "--typical")}
+
+Decorated = Callable[..., None]
+
+
+def _sampling_options(command: Decorated) -> Decorated:
+    """One flag for each option of a session; the texts are parsed as /set parses them."""
+    for name, option in reversed(OPTIONS.items()):
+        flags = SHORT_FLAGS.get(name, (f"--{name.replace('_', '-')}",))
+        if name == "ignore_eos":
+            kind: dict[str, Any] = {"is_flag": True, "flag_value": "on"}
+        else:
+            kind = {"multiple": name == "stop", "metavar": "TEXT" if name == "stop" else "N"}
+        command = click.option(*flags, name, help=option.hint, **kind)(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kvchat", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Many chats in one paged KV pool, in the terminal."""
+
+
+@cli.command(short_help="Chat, or answer -p or the lines of stdin.")
+@click.argument("model_arg", metavar="[MODEL]", required=False)
+@click.option("-m", "--model", help="MODEL, as in llama.cpp.")
+@click.option("-p", "--prompt", help="Answer this and exit; stdin or -f is appended.")
+@click.option("-f", "--file", help="Read this instead of stdin.")
+@click.option("-sys", "--system-prompt", "system", help="The system message.")
+@click.option("-c", "--ctx-size", "context", type=click.IntRange(16), help="Context in tokens.")
+@_sampling_options
+@click.option("--logit-bias", multiple=True, metavar="ID(+|-)BIAS", help="As in 15043+1.5.")
+@click.option("-s", "--seed", type=click.IntRange(0), help="Default: random for every chat.")
+@click.option("--chat-format", help="llama2, llama3, chatml, mistral, zephyr or plain.")
+@click.option("--think/--no-think", default=None, help="For models that can.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+)
+@click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
+@click.option("--kv-mem", help="Memory of the KV pool: 2GiB or 70%.")
+@click.option("-b", "--batch", type=click.IntRange(1), default=512, help="Tokens a step.")
+@click.option("-np", "--parallel", type=click.IntRange(1), default=256, help="Chats a step.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and logs.")
+@click.pass_obj
+def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
+    """Chat with MODEL: a .safetensors file, a folder, a shard index or a hub id. Without MODEL,
+    with the one that ships with kvchat.
+
+    On a terminal this is a chat with many sessions. With -p it answers once; else every line of
+    stdin is a turn, and stdout gets the replies alone.
+    """
+    from kvchat.chat.runtime import open_runtime
+    from kvchat.terminal.pipe import answer_turns, read_turns
+
+    if flags["debug"]:
+        logging.basicConfig(level=logging.INFO)
+    options = _run_options(flags)
+    is_batch = flags["prompt"] is not None or flags["file"] is not None
+    has_screen = sys.stdin.isatty() and sys.stdout.isatty() and _term() != "dumb"
+    has_input = not (is_batch and sys.stdin.isatty())
+    turns = read_turns(flags["prompt"], flags["file"], sys.stdin.buffer if has_input else None)
+    runtime = open_runtime(options, show.progress)
+    try:
+        if has_screen and not is_batch:
+            sys.exit(_chat(runtime, show.use_color))
+        for warning in runtime.warnings:
+            show.note(f"warning: {warning}")
+        answer_turns(show, runtime.library, turns)
+    finally:
+        runtime.close()
+
+
+@cli.group(short_help="Measure kvchat on this machine.")
+def bench() -> None:
+    """Measure kvchat on this machine."""
+
+
+@bench.command(short_help="Microseconds of one scheduling step.")
+@click.pass_obj
+def scheduling(show: Show) -> None:
+    """What a step of the scheduler costs with 8, 100 and 1,000 running sessions."""
+    from kvchat.bench.scheduling import format_rows, run_scheduling_bench
+
+    show.answer(format_rows(run_scheduling_bench()) + "\n", is_last=True)
+
+
+def _chat(runtime: Runtime, use_color: bool) -> int:
+    from kvchat.terminal.repl import Repl
+    from kvchat.terminal.screen import Terminal
+
+    return Repl(runtime, Terminal(sys.stdout, lambda: os.get_terminal_size(1), use_color)).run()
+
+
+def _run_options(flags: dict[str, Any]) -> RunOptions:
+    from kvchat.chat.runtime import RunOptions
+    from kvchat.engine.build import EngineOptions
+
+    if flags["model_arg"] and flags["model"]:
+        raise UsageError(f"two models: {flags['model_arg']} and -m {flags['model']}; name one")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags["device"]):
+        raise UsageError(f"--device {flags['device']}: choose auto, cpu, cuda or cuda:N")
+    engine = EngineOptions(
+        device=flags["device"],
+        dtype=flags["dtype"],
+        context=flags["context"],
+        kv_mem=flags["kv_mem"],
+        block_size=int(flags["block_size"]),
+        max_num_batched_tokens=flags["batch"],
+        max_num_seqs=flags["parallel"],
+        threads=flags["threads"],
+    )
+    return RunOptions(
+        model=flags["model_arg"] or flags["model"] or _shipped_model(),
+        engine=engine,
+        chat_format=flags["chat_format"],
+        sampling=dict(_sampling(flags)),
+        system=flags["system"],
+        seed=flags["seed"],
+        think=flags["think"],
+    )
+
+
+def _sampling(flags: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """What was chosen, by SamplingParams name."""
+    for name, option in OPTIONS.items():
+        texts = flags[name] if name == "stop" else filter(None, [flags[name]])
+        values = [getattr(set_sampling(SamplingParams(), name, t), option.field) for t in texts]
+        if values:
+            yield option.field, sum(values, ()) if name == "stop" else values[0]
+    if flags["logit_bias"]:
+        yield "logit_bias", tuple(map(_parse_bias, flags["logit_bias"]))
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    found = re.fullmatch(r"(\d+)([+-](?:\d+(?:\.\d+)?|inf))", text)
+    if not found:
+        raise UsageError(f"--logit-bias {text}: expected ID+BIAS or ID-BIAS, as in 15043+1.5")
+    return int(found[1]), float(found[2])
+
+
+def _shipped_model() -> str:
+    folder = paths.shipped_model()
+    if folder is None:
+        raise UsageError(
+            "this build ships no model; name one: kvchat run PATH"
+            " (a .safetensors file, a folder, a shard index or a hub id)"
+        )
+    return str(folder)
+
+
+def _term() -> str:
+    return os.environ.get("TERM", "dumb")
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def run_cli(arguments: list[str], show: Show) -> int:
+    """Do what the arguments say; the exit code. Whatever goes wrong is one line on stderr."""
+    try:
+        cli.main(arguments, standalone_mode=False, obj=show)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except (KvchatError, click.ClickException) as error:
+        if "--debug" in arguments:
+            raise
+        show.error(
+            error.format_message() if isinstance(error, click.ClickException) else str(error)
+        )
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_PIPE
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        show.error(f"internal error ({type(error).__name__}: {error}); --debug shows where")
+        return EXIT_INTERNAL
+    return 0
+
+
+def main() -> None:
+    """The console script: streams, signals, and an exit code that a shell understands."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _exit_on_signal)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    is_live = sys.stderr.isatty() and _term() != "dumb"
+    use_color = is_live and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    code = run_cli(sys.argv[1:], Show(sys.stdout, sys.stderr, use_color, is_live))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = EXIT_PIPE
+    if code > 128:
+        os._exit(code)  # at once and silently: the engine may be in the middle of a long step
+    sys.exit(code)

@@ -1,0 +1,113 @@
+"""What each key does, one function per key. Knows the buffer and the actions' names only."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.filters import Condition, is_searching
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+
+# C0 but \t and \n, DEL and C1: nothing of what is pasted may act as a key or a control.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Actions(Protocol):
+    """What keys can ask for; every one answers on the screen itself."""
+
+    def submit(self, text: str) -> None: ...
+
+    def interrupt(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def switch_to(self, number: int) -> None: ...
+
+    def clear_screen(self) -> None: ...
+
+    def suspend(self) -> None: ...
+
+    def pasted(self, num_lines: int) -> None: ...
+
+
+def clean_paste(text: str) -> str:
+    """A paste as it goes into the input: newlines as they are meant, no other controls."""
+    return _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def make_bindings(actions: Actions) -> KeyBindings:
+    """The keys of the input line; all other editing keys are prompt-toolkit's (emacs)."""
+    keys = KeyBindings()
+    is_editing = ~is_searching
+
+    @keys.add("enter", filter=is_editing)
+    def _(event: KeyPressEvent) -> None:
+        """Send, or break the line after a backslash."""
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor(1)
+            buffer.insert_text("\n")
+            return
+        text = buffer.text
+        if text.strip():
+            buffer.reset(append_to_history=True)
+        actions.submit(text)
+
+    @keys.add("escape", "enter", filter=is_editing)
+    @keys.add("c-j", filter=is_editing)
+    def _(event: KeyPressEvent) -> None:
+        """Break the line."""
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("tab", filter=is_editing)
+    def _(event: KeyPressEvent) -> None:
+        """Complete what there is one way to complete, else go through the ways."""
+        buffer = event.current_buffer
+        asked = CompleteEvent(completion_requested=True)
+        found = [*buffer.completer.get_completions(buffer.document, asked)]
+        if len(found) == 1:
+            buffer.apply_completion(found[0])
+        elif buffer.complete_state:
+            buffer.complete_next()
+        else:
+            buffer.start_completion(insert_common_part=True)
+
+    @keys.add(Keys.BracketedPaste, filter=is_editing)
+    def _(event: KeyPressEvent) -> None:
+        """Insert a paste whole; it is never sent by itself."""
+        text = clean_paste(event.data)
+        event.current_buffer.insert_text(text)
+        actions.pasted(text.count("\n") + 1)
+
+    @keys.add("c-c", filter=is_editing)
+    @keys.add(Keys.SIGINT)
+    def _(event: KeyPressEvent) -> None:
+        """Stop what is on the screen."""
+        actions.interrupt()
+
+    @keys.add("c-d", filter=is_editing & Condition(lambda: not get_app().current_buffer.text))
+    def _(event: KeyPressEvent) -> None:
+        """Leave."""
+        actions.leave()
+
+    @keys.add("c-l", filter=is_editing)
+    def _(event: KeyPressEvent) -> None:
+        """Clear the screen."""
+        actions.clear_screen()
+
+    @keys.add("c-z")
+    def _(event: KeyPressEvent) -> None:
+        """Stop the process until the shell's fg."""
+        actions.suspend()
+
+    for digit in "123456789":
+
+        @keys.add("escape", digit, filter=is_editing)
+        def _(event: KeyPressEvent) -> None:
+            """Switch to a session by its number."""
+            actions.switch_to(int(event.key_sequence[-1].key))
+
+    return keys

@@ -1,0 +1,257 @@
+"""What is shown, as lines of fragments: tables, the pool map, the toolbar. Reads, never changes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from kvchat import __version__
+from kvchat.chat.library import Library
+from kvchat.chat.messages import Message
+from kvchat.chat.options import Value
+from kvchat.chat.runtime import Runtime
+from kvchat.chat.session import ReplyStats
+from kvchat.engine.build import EngineFacts
+from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV
+from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment
+
+Line = list[Fragment]
+
+MAX_POOL_ROWS = 16  # of /pool in all
+MAX_LEGEND_ROWS = 3
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SHARED, CACHED, FREE = "*", "=", "."
+
+
+def format_count(number: float) -> str:
+    """3100 is 3.1k, 8192 is 8.2k, 131072 is 131k."""
+    for unit, size in (("M", 1_000_000), ("k", 1000)):
+        if number >= size:
+            return f"{number / size:.{1 if number < 10 * size else 0}f}{unit}"
+    return f"{number:.0f}"
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Line]:
+    """Columns two spaces apart; numbers to the right, the header dim."""
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    is_number = [
+        all(re.fullmatch(r"[\d.,%kM]*( \w+)?", cell) for cell in column)
+        for column in zip(*cells[1:], strict=True)
+    ] or [False] * len(header)
+    lines = []
+    for index, row in enumerate(cells):
+        parts = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_number, strict=True)
+        ]
+        lines.append([("" if index else "dim", "  ".join(parts).rstrip())])
+    return lines
+
+
+def banner(runtime: Runtime) -> list[Line]:
+    """What runs, on what, with how much room; and what a newcomer must know."""
+    facts = runtime.facts
+    return [
+        [
+            ("bold", f"kvchat {__version__}"),
+            ("", f"  {runtime.model_name}  {facts.device} {facts.dtype}"),
+        ],
+        [
+            ("", f"context {facts.scheduler.max_request_tokens:,} tokens"),
+            ("", f"  pool {format_bytes(facts.pool_bytes)} for {facts.pool_tokens:,}"),
+            ("", f"  format {runtime.chat_format}"),
+        ],
+        [("dim", "not saved: chats end with this process  /help lists the commands")],
+    ]
+
+
+def toolbar(library: Library, stats: EngineStats, tokens_per_s: float | None) -> str:
+    """One line of state, made anew at every repaint."""
+    session = library.current
+    parts = [
+        session.name,
+        f"{format_count(session.num_context_tokens)}/{format_count(session.max_context)}",
+        f"pool {100 * stats.num_blocks_used / max(1, stats.num_blocks):.0f}%",
+    ]
+    if tokens_per_s is not None:
+        parts.append(f"{tokens_per_s:.{0 if tokens_per_s >= 10 else 1}f} tok/s")
+    num_working = sum(other.is_working for other in library.sessions)
+    unread = [other.name for other in library.sessions if other.unread and other is not session]
+    if num_working:
+        parts.append(f"{num_working} working")
+    if unread:
+        parts.append(f"unread {', '.join(unread[:3])}" + ("..." if len(unread) > 3 else ""))
+    if session.queued:
+        parts.append(f"queued {len(session.queued)}")
+    return "  ".join(parts)
+
+
+def user_lines(text: str) -> list[Line]:
+    """A turn as it was typed."""
+    first, *rest = text.split("\n")
+    return [[("bold", f"> {first}")], *([("bold", f"  {line}")] for line in rest)]
+
+
+def exchange_lines(messages: Sequence[Message]) -> list[Line]:
+    """Whole messages, a blank line after each reply."""
+    lines: list[Line] = []
+    for message in messages:
+        if message.role == "user":
+            lines += user_lines(message.content)
+            continue
+        if message.reasoning:
+            lines += [[("dim", line)] for line in message.reasoning.strip().split("\n")]
+        lines += [[("", line)] for line in message.content.strip("\n").split("\n")]
+        lines.append([])
+    return lines
+
+
+def session_lines(library: Library) -> list[Line]:
+    """/sessions: number, name, what it does, how long it is, how it began."""
+    rows = []
+    for number, session in enumerate(library.sessions, start=1):
+        asked = next((m.content for m in session.messages if m.role == "user"), "")
+        state = "working" if session.is_working else f"unread {session.unread}"
+        state = "" if not session.is_working and not session.unread else state
+        mark = ">" if session is library.current else ""
+        tokens = f"{session.num_context_tokens:,}"
+        rows.append((mark, str(number), session.name, state, tokens, " ".join(asked.split())[:40]))
+    return table(("", "#", "session", "state", "tokens", "begins with"), rows)
+
+
+class Holder(Protocol):
+    """What /kv asks of the engine."""
+
+    def session_kv(self, session_id: int) -> SessionKV: ...
+
+
+def kv_lines(library: Library, engine: Holder) -> list[Line]:
+    """/kv: what each session holds in the pool; shared blocks count in full for each."""
+    rows = []
+    for session in library.sessions:
+        held = engine.session_kv(session.id)
+        rows.append(
+            (
+                session.name,
+                f"{session.num_context_tokens:,}",
+                f"{held.num_tokens:,}",
+                f"{held.num_blocks:,}",
+                format_bytes(held.num_bytes),
+            )
+        )
+    return table(("session", "tokens", "in pool", "blocks", "bytes"), rows)
+
+
+def pool_lines(
+    owners: Sequence[BlockOwner], names: Mapping[int, str], facts: EngineFacts, columns: int
+) -> list[Line]:
+    """/pool: the blocks in order, `names` by session id. A cell is n blocks and shows who holds
+    most of those that are held: a capital for half of the cell or more, else a small letter."""
+    owners = owners[1:]  # the null block is nobody's
+    marks = {
+        session_id: (f"owner{i % NUM_OWNER_STYLES}", LETTERS[i % len(LETTERS)])
+        for i, session_id in enumerate(names)
+    }
+    per_cell = max(1, -(-len(owners) // (columns * (MAX_POOL_ROWS - MAX_LEGEND_ROWS - 1))))
+    cells = [
+        _pool_cell(Counter(owners[start : start + per_cell]), marks)
+        for start in range(0, len(owners), per_cell)
+    ]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    counts = Counter(owners)
+    legend: list[Line] = [
+        [("bold", SHARED), ("", f" shared {counts['shared']:,}")],
+        [("dim", CACHED), ("", f" cached {counts['cached']:,}")],
+        [("dim", FREE), ("", f" free {counts['free']:,}")],
+    ]
+    legend += [
+        [marks[session_id], ("", f" {name} {counts[session_id]:,}")]
+        for session_id, name in names.items()
+    ]
+    unit = f"a cell is {per_cell} x {format_bytes(facts.spec.bytes_per_block)}"
+    scale = f"{unit}, {facts.spec.block_size} tokens a block"
+    return [*rows, *_packed(legend, columns)[:MAX_LEGEND_ROWS], [("dim", scale)]]
+
+
+def _pool_cell(group: Counter[BlockOwner], marks: Mapping[int, Fragment]) -> Fragment:
+    num_blocks = group.total()
+    num_free, num_cached = group.pop("free", 0), group.pop("cached", 0)
+    if not group:
+        return ("dim", CACHED if num_cached >= num_free else FREE)
+    owner, most = group.most_common(1)[0]
+    if not isinstance(owner, int):
+        return ("bold", SHARED)
+    style, letter = marks.get(owner, ("", "?"))
+    return (style, letter if 2 * most >= num_blocks else letter.lower())
+
+
+def _packed(entries: Iterable[Line], columns: int) -> list[Line]:
+    """Entries side by side, as many as fit in a row."""
+    rows: list[Line] = []
+    width = columns + 1
+    for entry in entries:
+        size = sum(len(text) for _, text in entry)
+        if width + 2 + size > columns:
+            rows.append(entry)
+            width = size
+            continue
+        rows[-1] = [*rows[-1], ("", "  "), *entry]
+        width += 2 + size
+    return rows
+
+
+def reply_stats_line(stats: ReplyStats) -> str:
+    """How the last reply was made."""
+    parts = [
+        f"prompt {stats.num_prompt_tokens:,} tokens",
+        f"{stats.num_cached_tokens:,} in the pool already",
+        f"{stats.num_recomputed_tokens:,} recomputed",
+        f"reply {stats.num_generated_tokens:,}",
+    ]
+    if stats.ttft_s is not None:
+        parts.append(f"first token after {stats.ttft_s:.2f} s")
+    if stats.tokens_per_s is not None:
+        parts.append(f"{stats.tokens_per_s:.1f} tok/s")
+    return ", ".join([*parts, f"ended by {stats.finish_reason}"])
+
+
+def option_lines(options: Mapping[str, Value]) -> list[Line]:
+    """/show params."""
+    return [[("", f"{name} = {value}")] for name, value in options.items()]
+
+
+def stats_lines(reply: ReplyStats | None, stats: EngineStats) -> list[Line]:
+    """/stats: how the last reply was made, and what the engine did since the start."""
+    rows = [
+        ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
+        (
+            "blocks",
+            f"{stats.num_blocks_used:,} used, {stats.num_blocks_cached:,} cached, "
+            f"{stats.num_blocks_free:,} free of {stats.num_blocks:,}",
+        ),
+        (
+            "tokens",
+            f"{stats.num_scheduled_tokens:,} computed, {stats.num_cached_tokens:,} found in the "
+            f"pool, {stats.num_generated_tokens:,} generated",
+        ),
+        ("steps", f"{stats.num_steps:,}, mean decode batch {stats.mean_decode_batch:.2f}"),
+        (
+            "pressure",
+            f"{stats.num_preemptions:,} preemptions, {stats.num_drops:,} idle chats dropped, "
+            f"{stats.num_evictions:,} evictions, {stats.num_copies:,} copies on write",
+        ),
+    ]
+    lines = [[("", f"{name:<10}{text}")] for name, text in rows]
+    return [[("", f"{'reply':<10}{reply_stats_line(reply)}")], *lines] if reply else lines

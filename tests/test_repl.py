@@ -1,0 +1,617 @@
+"""Whole transcripts of the interactive chat: what a person types, what the terminal shows."""
+
+import asyncio
+import base64
+import os
+import re
+import signal
+import stat
+
+import pytest
+from repl_driver import play
+
+from kvchat import paths
+from kvchat.terminal.screen import wrap_rows
+
+BANNER = """\
+kvchat 0.1.0  test-model  cpu float32
+context 512 tokens  pool 1.3 MiB for 1,024  format chatml
+not saved: chats end with this process  /help lists the commands
+"""
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _chat(script, **options) -> str:
+    """The transcript below the banner."""
+    transcript, _, code = play(script, **options)
+    assert code == 0
+    assert transcript.startswith(BANNER.strip("\n")), transcript
+    return transcript[len(BANNER) :]
+
+
+def test_a_chat():
+    async def script(person):
+        await person.says("hello", "Hi there!\nHow are you?\n")
+        await person.says("fine", "Good.")
+
+    assert _chat(script) == "> hello\nHi there!\nHow are you?\n\n> fine\nGood."
+
+
+def test_an_unfinished_line_is_shown_as_it_grows():
+    async def script(person):
+        person.engine.replies.append("a line without a break that grows")
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        for words in ("a line", "a line without", "a line without a break"):
+            said = len(person.repl.session.messages[-1].content)
+            person.engine.step(len(words) - said)
+            await person.sees(f"\n{words}\n>")
+        await person.sees("1 working")
+
+    assert _chat(script) == "> go\na line without a break"
+
+
+def test_typing_goes_on_while_a_reply_streams():
+    async def script(person):
+        person.engine.replies.append("one\ntwo\nthree\nfour\n")
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        for letter in "typed":
+            person.engine.step(3)
+            await person.types(letter)
+        await person.sees("> typed")
+        await person.sees("three")
+
+    _chat(script)
+
+
+def test_switching_while_generating_keeps_both_going():
+    async def script(person):
+        person.engine.replies += ["first\nsecond\nthird", "other"]
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        person.engine.step(7)
+        await person.sees("first")
+        await person.types("/new side\r")
+        await person.sees("--- 2 side")
+        await person.types("hi\r")
+        await person.waits_until(lambda: len(person.engine.requests) == 2, "request")
+        person.engine.run()
+        await person.sees("unread chat-1")
+        await person.types("/switch chat\r")
+        await person.sees("third")
+        await person.sees_no("unread chat-1")
+
+    assert _chat(script) == (
+        "> go\n"
+        "first\n"
+        "> /new side\n"
+        "--- 2 side -------------------------------------------------\n"
+        "> hi\n"
+        "other\n"
+        "\n"
+        "> /switch chat\n"
+        "--- 1 chat-1 -----------------------------------------------\n"
+        "> go\n"
+        "first\n"
+        "second\n"
+        "third"
+    )
+
+
+def test_switching_back_streams_on():
+    async def script(person):
+        person.engine.replies.append("first\nsecond\nthird")
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        person.engine.step(9)
+        await person.sees("first\nsec\n>")
+        await person.types("/new\r")
+        await person.sees("--- 2 chat-2")
+        await person.types("\x1b1")
+        await person.sees("--- 1 chat-1")
+        await person.sees("> go\nfirst\nsec\n>")
+        person.engine.run()
+        await person.sees("first\nsecond\nthird\n\n>")
+
+    _chat(script)
+
+
+def test_a_fork_goes_on_from_the_last_finished_turn():
+    async def script(person):
+        await person.says("hello", "Hi!")
+        person.engine.replies += ["a long story", "forked"]
+        await person.types("tell\r")
+        await person.sees("1 working")
+        await person.types("/fork twin\r")
+        await person.sees("--- 2 twin")
+        await person.types("and you?\r")
+        await person.sees("2 working")
+        person.engine.run()
+        await person.sees("forked\n\n>")
+        assert [m.content for m in person.repl.library.sessions[0].messages] == [
+            "hello",
+            "Hi!",
+            "tell",
+            "a long story",
+        ]
+
+    assert _chat(script) == (
+        "> hello\nHi!\n\n> tell\n> /fork twin\n"
+        "--- 2 twin -------------------------------------------------\n"
+        "> hello\nHi!\n\n> and you?\nforked"
+    )
+
+
+def test_undo_and_redo():
+    async def script(person):
+        await person.says("one", "first")
+        await person.says("two", "second")
+        await person.types("/undo\r")
+        await person.sees("/redo brings back")
+        await person.types("/redo\r")
+        await person.sees("> /redo\n---")
+        await person.types("/undo 3\r")
+        await person.sees("took back 2 turns")
+
+    assert _chat(script) == (
+        "> one\nfirst\n\n> two\nsecond\n\n> /undo\ntook back 1 turn; /redo brings back\n"
+        "--- 1 chat-1 -----------------------------------------------\n"
+        "> one\nfirst\n\n> /redo\n"
+        "--- 1 chat-1 -----------------------------------------------\n"
+        "> two\nsecond\n\n> /undo 3\ntook back 2 turns; /redo brings back\n"
+        "--- 1 chat-1 -----------------------------------------------"
+    )
+
+
+def test_regen_and_edit_ask_again():
+    async def script(person):
+        await person.says("one", "first")
+        await person.says("/regen", "second")
+        await person.types("/edit\r")
+        await person.sees("editing the last turn")
+        await person.says(" and a half", "third")
+        await person.says("/edit two", "fourth")
+        assert [m.content for m in person.repl.session.messages] == ["two", "fourth"]
+
+    assert _chat(script) == (
+        "> one\nfirst\n\n> /regen\n> one\nsecond\n\n> /edit\n> one and a half\nthird\n\n"
+        "> /edit two\n> two\nfourth"
+    )
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_it():
+    async def script(person):
+        person.engine.replies.append("a reply that is too long")
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        person.engine.step(len("a reply"))
+        await person.sees("a reply\n>")
+        await person.types("\x03")
+        await person.sees("[stopped]")
+        assert person.repl.session.messages[-1].content == "a reply"
+        await person.types("\x03")
+        await person.sees("nothing to stop; Ctrl-D leaves")
+
+    assert _chat(script) == "> go\na reply\n[stopped]"
+
+
+def test_ctrl_c_clears_the_input_line():
+    async def script(person):
+        await person.types("typed")
+        await person.sees("> typed")
+        await person.types("\x03")
+        await person.sees_no("> typed")
+
+    assert _chat(script) == ""
+
+
+def test_an_unknown_command_names_the_nearest():
+    async def script(person):
+        await person.types("/swich 2\r")
+        await person.sees("/switch")
+        await person.types("/usr/bin/env\r")
+        await person.sees("/help")
+        await person.says("//usr is a folder", "Yes.")
+
+    assert _chat(script) == (
+        "> /swich 2\nerror: unknown command /swich; did you mean /switch?\n"
+        "> /usr/bin/env\nerror: unknown command /usr/bin/env; /help lists them all\n"
+        "> /usr is a folder\nYes."
+    )
+
+
+def test_a_full_context_is_said_before_anything_is_cut():
+    async def script(person):
+        await person.says("hello", "x" * 200)
+        await person.sees("context full")
+        await person.types("y" * 60 + "\r")
+        await person.sees("error:")
+
+    transcript = _chat(script, max_model_len=100)
+
+    shown = transcript.replace("\n", "")
+    assert "[context full: 100 of 100 tokens; /undo turns" in shown.replace(
+        "context", "[context", 1
+    )
+    assert "error: the conversation would have" in shown
+
+
+def test_a_turn_that_does_not_fit_goes_back_into_the_input():
+    async def script(person):
+        await person.types("y" * 60 + "\r")
+        await person.sees("error: the conversation would have")
+        assert person.repl.screen.buffer.text == "y" * 60
+
+    play(script, max_model_len=50)
+
+
+def test_enter_while_streaming_queues_and_ctrl_c_drops_the_queue_first():
+    async def script(person):
+        person.engine.replies += ["first", "second"]
+        await person.types("one\r")
+        await person.types("two\r")
+        await person.sees("queued 1")
+        person.engine.run()
+        await person.sees("first\n\n> two\n")
+        await person.types("three\r")
+        await person.sees("queued 1")
+        await person.types("\x03")
+        await person.sees("queued turn dropped")
+        assert person.repl.screen.buffer.text == "three"
+        person.engine.run()
+        await person.sees("second")
+
+    assert _chat(script) == "> one\nfirst\n\n> two\nsecond"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\x1b\r", "\\\r"])
+def test_a_turn_of_several_lines(newline):
+    async def script(person):
+        await person.says(f"one{newline}two", "Both.")
+        assert person.repl.session.messages[0].content == "one\ntwo"
+
+    assert _chat(script) == "> one\n  two\nBoth."
+
+
+def test_a_paste_is_kept_whole_and_never_sent_by_itself():
+    async def script(person):
+        await person.types("\x1b[200~one\r\ntwo\x1b[31m\x07\rthree\n\x1b[201~")
+        await person.sees("[pasted 4 lines]")
+        assert not person.engine.requests
+        assert person.repl.screen.buffer.text == "one\ntwo[31m\nthree\n"
+        await person.says("!", "Three lines.")
+        assert person.repl.session.messages[0].content == "one\ntwo[31m\nthree\n!"
+
+    assert _chat(script) == "> one\n  two[31m\n  three\n  !\nThree lines."
+
+
+def test_bracketed_paste_stays_on_while_lines_are_printed():
+    async def script(person):
+        await person.says("go", "\n".join(f"line {i}" for i in range(50)))
+        await person.sees("line 49")
+        person.shown = person.terminal.raw
+
+    _, person, _ = play(script)
+
+    assert person.shown.count("\x1b[?2004h") == 1
+    assert "\x1b[?2004l" not in person.shown
+
+
+def test_ctrl_d_with_work_in_hand_asks_once():
+    async def script(person):
+        person.engine.replies.append("never finished")
+        await person.types("one\r")
+        await person.types("two\r")
+        await person.sees("queued 1")
+        await person.types("\x04")
+        await person.sees("2 replies unfinished; Ctrl-D again leaves")
+        await person.types("\x04")
+        await asyncio.sleep(3600)
+
+    assert _chat(script) == "> one\n2 replies unfinished; Ctrl-D again leaves"
+
+
+def test_what_a_model_says_cannot_drive_the_terminal():
+    async def script(person):
+        await person.says("go", "\x1b]0;owned\x07\x1b[2J\u202eabc\x9b31m done\n")
+        person.engine.replies.append("\x1b[2Jtail")
+        await person.types("more\r")
+        await person.waits_until(lambda: len(person.engine.requests) == 2, "request")
+        person.engine.step(7)
+        await person.sees("\\x1b[2Jtai")
+
+    assert _chat(script) == (
+        "> go\n\\x1b]0;owned\\x07\\x1b[2J\\u202eabc\\x9b31m done\n\n> more\n\\x1b[2Jtai"
+    )
+
+
+def test_a_tall_unfinished_line_leaves_room_for_the_input():
+    async def script(person):
+        person.engine.replies.append("word " * 300)
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        person.engine.step(1500)
+        await person.types("still typing")
+        await person.sees("> still typing")
+        await person.sees("working")
+        person.engine.run()
+        await person.waits_until(lambda: not person.repl.library.is_working, "end")
+        await person.repl_is_painted()
+
+    transcript = _chat(script, columns=70, rows=12, max_model_len=4000)
+
+    assert transcript.replace("\n", "").count("word") == 300
+
+
+def test_a_thousand_resizes():
+    async def script(person):
+        person.engine.replies.append("words and words\n" * 2000)
+        await person.types("go\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        for i in range(1000):
+            person.terminal.resize(1 + i * 37 % 500, 1 + i * 61 % 200)
+            person.engine.step(16)
+            person.repl.screen.app._on_resize()
+            person.repl._refresh()
+        person.terminal.resize(80, 24)
+        person.repl.screen.app._on_resize()
+        await person.sees("1 working")
+
+    _, _, code = play(script, max_model_len=100_000)
+
+    assert code == 0
+
+
+def test_two_columns_and_two_rows_are_enough_to_go_on():
+    async def script(person):
+        person.terminal.resize(1, 1)
+        await person.says("hello", "Hi!")
+        person.terminal.resize(80, 24)
+        await person.says("again", "Hello!")
+        await person.sees("Hello!")
+
+    play(script)
+
+
+def test_no_colour_means_no_colour():
+    async def script(person):
+        await person.says("hello", "Hi!")
+        await person.types("/pool\r")
+        await person.sees("a cell is")
+
+    _, person, _ = play(script, use_color=False)
+
+    assert not re.search(r"\x1b\[[0-9;]*[1-9][0-9;]*m", person.terminal.raw)
+
+
+def test_tables_and_the_pool():
+    async def script(person):
+        await person.says("hello", "Hi!")
+        for command in ("/sessions", "/kv", "/pool"):
+            await person.types(command + "\r")
+            await person.sees(f"> {command}")
+
+    assert _chat(script).split("> /sessions\n")[1] == (
+        "   #  session  state  tokens  begins with\n"
+        ">  1  chat-1              28  hello\n"
+        "> /kv\n"
+        "session  tokens  in pool  blocks      bytes\n"
+        "chat-1       28      100       7  140.0 KiB\n"
+        "> /pool\n"
+        "AAAAAAAAAA******========........................................\n"
+        "* shared 6  = cached 8  . free 40  A chat-1 10\n"
+        "a cell is 1 x 20.0 KiB, 16 tokens a block"
+    )
+
+
+def test_settings():
+    async def script(person):
+        for line, answer in (
+            ("/set temp 0.5", "temp = 0.5"),
+            ("/set temp hot", 'error: temp cannot be "hot"'),
+            ("/show params", "seed = 7"),
+            ("/system Be brief.", "system: Be brief."),
+            ("/rename talk", "talk  "),
+            ("/think on", "error: this model's template"),
+            ("/show prompt", "0 ids"),
+        ):
+            await person.types(line + "\r")
+            await person.sees(answer)
+        await person.says("hello", "Hi!")
+        assert person.engine.requests[-1].sampling.temperature == 0.5
+
+    assert "temp = 0.5\n" in _chat(script)
+
+
+def test_show_prompt_gives_text_and_ids():
+    async def script(person):
+        await person.says("hello", "Hi!")
+        await person.types("/show prompt\r")
+        await person.sees("ids:")
+
+    text = _chat(script).split("> /show prompt\n")[1]
+
+    assert text.startswith(
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>"
+    )
+    assert text.split(" ids: ")[0].endswith("\n28")
+
+
+def test_all_and_fan_ask_many_chats():
+    async def script(person):
+        await person.types("/new\r")
+        await person.sees("--- 2")
+        await person.types("/all hello\r")
+        await person.sees("2 working")
+        person.engine.run()
+        await person.sees("ok\n\n>")
+        await person.types("/fan 3 temp=0,0.5,1 seed=5 Tell me\r")
+        await person.sees("asked chat-2.1, chat-2.2, chat-2.3")
+        assert [r.sampling.temperature for r in person.engine.requests[-3:]] == [0, 0.5, 1]
+        assert [r.seed for r in person.engine.requests[-3:]] == [5, 5, 5]
+        person.engine.run()
+        await person.sees("unread chat-1, chat-2.1, chat-2.2...")
+        await person.types("/fan 3 temp=0,1 no\r")
+        await person.sees("error: temp has 2 values for 3 chats")
+
+    _chat(script)
+
+
+def test_read_puts_a_file_before_the_next_turn(state):
+    (state / "notes.txt").write_text("alpha\nbeta\n")
+    (state / "bad.bin").write_bytes(b"ok\xff")
+
+    async def script(person):
+        await person.types("/read notes.txt\r")
+        await person.sees("2 lines of notes.txt go before your next turn")
+        await person.types("/read bad.bin\r")
+        await person.sees("is not UTF-8 text (byte 2)")
+        await person.types("/read none.txt\r")
+        await person.sees("No such file")
+        await person.says("sum up", "Letters.")
+        assert person.repl.session.messages[0].content == "alpha\nbeta\nsum up"
+
+    _chat(script)
+
+
+def test_export_and_copy(state):
+    async def script(person):
+        await person.says("hello", "Hi!")
+        await person.types("/export chat.md\r")
+        await person.sees("wrote chat.md")
+        await person.types("/export chat.md\r")
+        await person.sees("exists; choose another name")
+        await person.types("/export chat.txt\r")
+        await person.sees("must end in .md or .jsonl")
+        await person.types("/copy\r")
+        await person.sees("copied 3 characters")
+        await person.types("/copy 2\r")
+        await person.sees("replies in this chat: 1")
+
+    _, person, _ = play(script)
+
+    assert (
+        state / "chat.md"
+    ).read_text() == "# chat-1\n\n## User\n\nhello\n\n## Assistant\n\nHi!\n"
+    assert f"\x1b]52;c;{base64.b64encode(b'Hi!').decode()}\x07" in person.terminal.raw
+
+
+def test_every_command_is_in_help_and_answers():
+    async def script(person):
+        from kvchat.terminal.commands import COMMANDS
+
+        await person.types("/help\r")
+        await person.sees("Enter sends")
+        for command in COMMANDS.commands:
+            if command.name != "/exit":
+                assert command.name in person.transcript
+                await person.types(f"{command.name}\r")
+                await person.waits_until(lambda: not person.repl.screen.buffer.text, "command")
+        await person.types("/stats\r")
+        await person.sees("mean decode batch 2.00")
+        assert "internal error" not in person.transcript
+        await person.types("/quit\r")
+        await asyncio.sleep(3600)
+
+    play(script, rows=200)
+
+
+def test_completion_of_commands_sessions_and_files(state):
+    (state / "notes.txt").write_text("x")
+
+    async def script(person):
+        await person.types("/sys\t")
+        await person.waits_until(lambda: person.repl.screen.buffer.text == "/system", "command")
+        await person.types("\x15/switch c\t")
+        await person.waits_until(lambda: person.repl.screen.buffer.text == "/switch chat-1", "name")
+        await person.types("\x15/read no\t")
+        await person.waits_until(
+            lambda: person.repl.screen.buffer.text == "/read notes.txt", "file"
+        )
+        await person.types("\x15/set te\t")
+        await person.waits_until(lambda: person.repl.screen.buffer.text == "/set temp", "option")
+
+    _chat(script)
+
+
+def test_history_is_kept_for_its_owner_only(state):
+    os.umask(0)
+
+    async def first(person):
+        await person.says("remember me", "Yes.")
+
+    async def second(person):
+        await person.types("\x1b[A")
+        await person.sees("> remember me")
+
+    play(first)
+    play(second)
+
+    path = paths.state_dir() / "history"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_history_that_cannot_be_kept_is_one_warning(state):
+    (state / "state").write_text("a file where a folder should be")
+
+    async def script(person):
+        await person.says("hello", "Hi!")
+
+    transcript, _, _ = play(script)
+
+    assert "warning: input history is not kept" in transcript
+
+
+def test_an_action_that_fails_is_one_line_and_the_chat_goes_on():
+    async def script(person):
+        person.engine.stats = lambda: 1 / 0
+        await person.types("/stats\r")
+        await person.sees("internal error (ZeroDivisionError: division by zero)")
+        del person.engine.stats
+        await person.says("hello", "Hi!")
+
+    transcript, _, _ = play(script)
+
+    assert "Traceback" not in transcript
+
+
+def test_an_engine_error_is_one_line():
+    async def script(person):
+        await person.types("hello\r")
+        await person.sees("1 working")
+        person.engine.fail("the step failed; send again")
+        await person.sees("the step failed; send again")
+        await person.says("hello", "Hi!")
+
+    _chat(script)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_with_the_shell_s_code(number, code):
+    async def script(person):
+        person.engine.replies.append("unfinished")
+        await person.types("hello\r")
+        await person.sees("1 working")
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(3600)
+
+    _, person, left_with = play(script)
+
+    assert left_with == code
+    assert person.terminal.raw.rstrip().endswith(("\x1b[?2004l", "\x1b[?25h"))
+
+
+def test_wrapped_rows_fill_the_width():
+    assert wrap_rows("", 3) == [""]
+    assert wrap_rows("abcdefg", 3) == ["abc", "def", "g"]
+    assert wrap_rows("a汉字b", 3) == ["a汉", "字b"]
+    assert wrap_rows("汉", 1) == ["汉"]
