@@ -150,11 +150,20 @@ class Session:
             return self._leaf.num_tokens
         return self._job.request.num_prompt_tokens + len(self._job.reply.ids)
 
+    @property
+    def waits_for(self) -> str:
+        """Why a reply being made has not begun, in words; empty when it has."""
+        if self._job is None or self._job.first_at is not None:
+            return ""
+        request = self._job.request
+        num_read, num_prompt = request.num_computed_tokens, request.num_prompt_tokens
+        return request.wait_reason or f"reading {num_read:,} of {num_prompt:,} tokens"
+
     def take_output(self) -> list[Chunk]:
         """What has come since this was last called; neighbours of one kind are one chunk."""
         output, self._output = self._output, []
         return [
-            Chunk(kind, "".join(chunk.text for chunk in run))
+            Chunk(kind, ("\n" if kind == "notice" else "").join(chunk.text for chunk in run))
             for kind, run in groupby(output, key=lambda chunk: chunk.kind)
         ]
 
