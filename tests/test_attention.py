@@ -52,6 +52,14 @@ def make_config(shape):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small, and other tests may run beside these
+    yield
+    torch.set_num_threads(num_threads)
+
+
 class World:
     """A pool of NaN with the given sequences in it, in shuffled blocks, but for their new tokens.
 
@@ -348,6 +356,24 @@ print(len(kernels.merge_splits.signatures), kernels.merge_splits.stats.cache_pat
     done = run_python(code, XDG_CACHE_HOME="/proc/no-such-folder", HOME="/proc/no-such-folder")
 
     assert (done.stdout, done.stderr) == ("1 None\n", "")
+
+
+@pytest.mark.slow
+def test_a_cut_or_unwritable_cache_costs_time_and_nothing_else(tmp_path):
+    run_python(WARM_START, XDG_CACHE_HOME=str(tmp_path))
+    for path in tmp_path.rglob("*rope_write*"):
+        path.write_bytes(path.read_bytes()[:100])
+
+    cut = run_python(WARM_START, XDG_CACHE_HOME=str(tmp_path))
+    mended = run_python(WARM_START, XDG_CACHE_HOME=str(tmp_path))
+    for path in tmp_path.rglob("*merge_splits*"):
+        path.unlink()
+    no_space = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    full = run_python(no_space + WARM_START, XDG_CACHE_HOME=str(tmp_path))
+
+    outs = [(done.stdout, done.stderr) for done in (cut, mended, full)]
+    assert outs[1:] == [("[0, 0, 0, 0]\n", ""), ("[0, 0, 1, 0]\n", "")]
+    assert outs[0][1] == ""
 
 
 def test_an_unknown_backend_is_refused_by_name():

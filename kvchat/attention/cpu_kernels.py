@@ -11,8 +11,11 @@ D head_dim, N tokens of the step, S splits. Indices: h kv head, g head of its gr
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -35,9 +38,13 @@ _FAST = {"reassoc", "contract", "nsz"}
 _LOWEST = float32(-1e30)  # below every score, and finite: no inf - inf
 
 
+def _cache_folder() -> Path:
+    return paths.cache_dir() / "numba"
+
+
 def _is_cache_writable() -> bool:
     """Point numba at the user's cache folder; False where nothing can be written there."""
-    folder = paths.cache_dir() / "numba"
+    folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -330,5 +337,12 @@ def compile_kernels(kind: int, progress: Callable[[int, int], None]) -> None:
     ]
     for num_done, (compile_kernel, signature) in enumerate(jobs):
         progress(num_done, len(jobs))
-        compile_kernel(signature)
+        # The kernel is there before it is saved: a full disk costs the next start some seconds.
+        with suppress(OSError):
+            try:
+                compile_kernel(signature)
+            except (EOFError, pickle.UnpicklingError):  # a file of the cache was cut short
+                for path in _cache_folder().rglob("*.nb?"):
+                    path.unlink(missing_ok=True)
+                compile_kernel(signature)
     progress(len(jobs), len(jobs))

@@ -68,7 +68,7 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) ->
     """softmax(scale q k^T) v, where query i of n stands at position seq_len - n + i.
 
     q: [n, num_heads, head_dim]; k, v: [num_kv_heads, seq_len, head_dim]; float32 in q's shape
-    comes back. A window of w lets a query see itself and the w - 1 tokens before it; 0 is no window.
+    comes back. A window of w lets a query see itself and the w - 1 tokens before it; 0: no window.
     """
     num_new, seq_len = q.shape[0], k.shape[1]
     key_positions = torch.arange(seq_len, device=q.device)
