@@ -394,7 +394,7 @@ def test_only_the_first_event_tells_what_was_cached():
     bench = Bench()
     bench.submit(1, text(9), session_id=7, max_tokens=1)
     bench.finish()
-    bench.submit(2, text(9) + [5], session_id=7, max_tokens=2)
+    bench.submit(2, [*text(9), 5], session_id=7, max_tokens=2)
 
     cached = []
     for _ in range(2):
@@ -449,13 +449,13 @@ def test_a_fork_shares_all_blocks_and_computes_only_its_own_tokens():
 
     assert bench.scheduler.fork(1, 2, len(first.token_ids)) == 11
     assert bench.pool.num_usable - bench.pool.num_free == 3
-    bench.submit(2, first.token_ids + [5], session_id=2, max_tokens=2)
-    bench.submit(3, first.token_ids + [6], session_id=1, max_tokens=2)
+    bench.submit(2, [*first.token_ids, 5], session_id=2, max_tokens=2)
+    bench.submit(3, [*first.token_ids, 6], session_id=1, max_tokens=2)
 
     assert bench.step() == {2: (11, 2), 3: (11, 2)}
     bench.finish()
-    assert reply_of(bench.requests[2]) == continuation(first.token_ids + [5], 2)
-    assert reply_of(bench.requests[3]) == continuation(first.token_ids + [6], 2)
+    assert reply_of(bench.requests[2]) == continuation([*first.token_ids, 5], 2)
+    assert reply_of(bench.requests[3]) == continuation([*first.token_ids, 6], 2)
 
 
 def test_a_fork_of_a_generating_parent_shares_its_last_finished_turn():
@@ -495,6 +495,53 @@ def test_a_fork_of_a_session_that_lost_its_blocks_starts_from_the_cache():
     assert bench.scheduler.fork(1, 2, 9) == 0
     bench.submit(2, text(10), session_id=2, max_tokens=1)
     assert bench.step() == {2: (8, 2)}
+
+
+def test_a_fork_inside_the_tail_that_the_parent_writes_parts_them_by_a_copy():
+    bench = Bench()
+    parent = bench.submit(1, text(9), session_id=1, max_tokens=6)
+    bench.step()
+    bench.step()
+    said = parent.token_ids[:]
+    assert bench.scheduler.fork(1, 2, len(said)) == 10  # of 11: the last is not computed yet
+
+    bench.submit(2, [*said, 5, 6, 7], session_id=2, max_tokens=3)
+    bench.finish()
+
+    assert bench.pool.counters.num_copies == 1
+    assert reply_of(parent) == continuation(text(9), 6)
+    assert reply_of(bench.requests[2]) == continuation([*said, 5, 6, 7], 3)
+
+
+def test_a_fork_replaces_what_the_child_held():
+    bench = Bench()
+    for session_id in (1, 2):
+        bench.submit(session_id, text(9, session_id * 100), max_tokens=1)
+    bench.finish()
+
+    assert bench.scheduler.fork(1, 2, 6) == 6
+    assert bench.held() == {1: 9, 2: 6}
+    assert bench.pool.num_usable - bench.pool.num_free == 3
+    bench.check()
+
+
+def test_a_prompt_that_was_aborted_while_it_waited_leaves_no_trace_in_the_next_one():
+    bench = Bench(num_blocks=9)
+    bench.submit(1, text(8, 100), max_tokens=1)
+    bench.finish()
+    bench.submit(2, text(16, 200))
+    bench.step()
+    bench.submit(3, text(19, 100), session_id=1)  # has 8 of them, and no blocks for the rest
+    bench.step()
+    assert bench.requests[3].wait_reason == "waiting for memory (0 ahead)"
+    assert bench.held() == {2: 17, 1: 8}
+
+    bench.scheduler.abort(3)
+    bench.scheduler.release(2)
+    bench.submit(4, [*text(5, 100), 7, 8, 9, 10], session_id=1, max_tokens=1)
+
+    assert bench.step() == {4: (5, 4)}
+    assert reply_of(bench.requests[4]) == continuation([*text(5, 100), 7, 8, 9, 10], 1)
 
 
 def test_trim_and_release_give_blocks_back_and_leave_running_sessions_alone():
@@ -591,12 +638,12 @@ def test_a_turn_sent_right_after_an_abort_goes_on_from_what_the_launched_step_co
     bench.step()
     batch = bench.scheduler.schedule()
     bench.scheduler.abort(1)
-    second = bench.submit(2, first.token_ids + [5, 6], session_id=1, max_tokens=4)
+    second = bench.submit(2, [*first.token_ids, 5, 6], session_id=1, max_tokens=4)
     bench.scheduler.update(batch, bench.device.launch(batch).tokens())
 
     assert bench.step() == {2: (10, 2)}
     bench.finish()
-    assert reply_of(second) == continuation(first.token_ids + [5, 6], 4)
+    assert reply_of(second) == continuation([*first.token_ids, 5, 6], 4)
 
 
 # --- tokens that arrive a step late ---

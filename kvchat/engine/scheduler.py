@@ -168,6 +168,8 @@ class Scheduler:
         for request in self._by_priority():
             if request.seq is None:
                 num_kept = 0
+                # Who was preempted in this step must not come back in it: when tokens are read
+                # late, rows of two sequences would be launched and a token still be pending.
                 if not blocked and self.counters.num_preemptions != num_preemptions:
                     blocked = "memory"
                 has_budget = budget > self._num_running - num_served
@@ -245,8 +247,7 @@ class Scheduler:
 
     def _admit(self, request: Request, has_budget: bool, batch: Batch) -> str:
         """Give a waiting request its sequence, with slots for all its tokens; or what it lacks."""
-        if request.num_pending_tokens:  # preempted; the token is read before the next step
-            return "its turn"
+        assert not request.num_pending_tokens, f"not read: {request=}"
         is_foreground = request.session_id == self._foreground
         if self._num_running == self._max_running:
             if (victim := self._victim(request)) is None:
