@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from kvchat.chat.messages import Message
@@ -11,6 +12,8 @@ from kvchat.errors import ModelError, quoted
 # Letters only, and no word of any template's: filters leave them alone.
 _WORDS = ("qzsystemzq", "qzfirstzq", "qzreplyzq", "qzsecondzq")
 _SYSTEM, _FIRST, _REPLY, _SECOND = _WORDS
+
+_BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]\Z")
 
 Render = Callable[..., list[dict[str, str]]]
 
@@ -56,7 +59,7 @@ class Probe:
         return None
 
     def fragments(self, tokenizer: Tokenizer) -> list[str]:
-        """Lines of ordinary text around contents, such as [INST]: these mark roles, too.
+        """Lines of ordinary text around contents, and words such as [INST]: these mark roles, too.
 
         A lone word in a stretch that also holds a marker (<|im_start|>user) is safe already.
         """
@@ -68,7 +71,9 @@ class Probe:
                 lines = [
                     line.strip() for p in pieces if not p.marker for line in p.text.split("\n")
                 ]
-                found |= {x: None for x in lines if len(x) > 1 and not (is_marked and x.isalnum())}
+                words = [word for line in lines for word in line.split() if _BRACKETED.match(word)]
+                lines = [x for x in lines if len(x) > 1 and not (is_marked and x.isalnum())]
+                found |= dict.fromkeys(lines + words)
         return list(found)
 
 

@@ -26,6 +26,8 @@ from kvchat.model.source import ModelSource
 # Noncharacters first: text that is meant for exchange does not hold them.
 JOINTS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xF1000))]
 
+_WIDE = "＜ﬁ"  # what NFKC normalises to other characters
+
 Render = Callable[[str, Sequence[Mapping[str, object]]], list[dict[str, str]]]
 
 
@@ -47,9 +49,10 @@ class ChatFormat:
         self.has_system = probe.has_system
         self.reply_lead = probe.reply_lead  # white space the template puts before a reply
         fragments = () if self.is_plain else probe.fragments(tokenizer)
-        self._breaks = dict.fromkeys(tokenizer.markers, 1)
-        self._breaks |= {f: _weak_point(tokenizer, f) for f in fragments}
-        names = sorted(self._breaks, key=len, reverse=True)
+        self.markers = dict.fromkeys(tokenizer.markers, 1)
+        self.markers |= {f: _weak_point(tokenizer, f) for f in fragments}
+        self._is_normalizing = tokenizer.decode(tokenizer.encode(_WIDE)) != _WIDE
+        names = sorted(self.markers, key=len, reverse=True)
         self._structure = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         end = None if self.is_plain else probe.end_of_turn(tokenizer)
         self.stop_token_ids = frozenset([end.marker.token_id] if end and end.marker else [])
@@ -72,9 +75,15 @@ class ChatFormat:
 
     def _break(self, text: str, joint: str) -> str:
         """`text` with a joint inside every marker."""
-        for marker, at in self._breaks.items():
+        if self._is_normalizing and not text.isascii():
+            seen = self.tokenizer.decode(self.tokenizer.encode(text))
+            text = seen if self._structure.search(seen) else text  # markers in disguise
+        for marker, at in self.markers.items():
+            # A marker of one token a character has the same tokens however it is cut: such a
+            # vocabulary (no real model's) costs the text a space.
+            broken = marker[:at] + joint + marker[at:] if at else f"{marker[0]} {marker[1:]}"
             while marker in text:
-                text = text.replace(marker, marker[:at] + (joint if at else " ") + marker[at:])
+                text = text.replace(marker, broken)
         return text
 
     def _count_markers(self, text: str) -> Counter[str]:

@@ -68,22 +68,23 @@ class SentencePieceVocabulary:
         try:
             self._model = SentencePieceProcessor(model_proto=serialized)
             self._inner = SentencePieceProcessor(model_proto=serialized + _NO_PREFIX_PATCH)
-        except (RuntimeError, TypeError) as error:
+            self.num_ids: int = self._model.vocab_size()
+            self._pieces: list[str] = [self._model.id_to_piece(i) for i in range(self.num_ids)]
+            self.has_prefix: bool = self._model.encode("a") != self._inner.encode("a")
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ModelError(f"tokenizer.model refused: {quoted(str(error))}") from None
-        self.num_ids: int = self._model.vocab_size()
         self.unk_id: int | None = self._model.unk_id()
-        self.has_prefix: bool = self._model.encode("a") != self._inner.encode("a")
         self.has_inner_prefix = self.has_prefix and is_legacy
         self.adds_bos: bool = self._model.bos_id() >= 0
         self.markers = list(self._find_markers(serialized))
         named = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
-        self.special = {name: self._model.id_to_piece(i) for name, i in named.items() if i >= 0}
+        self.special = {name: self._pieces[i] for name, i in named.items() if i >= 0}
 
     def _find_markers(self, serialized: bytes) -> Iterator[Marker]:
         for token_id, record in enumerate(_piece_records(serialized)):
             is_control = self._model.is_control(token_id) or self._model.is_unknown(token_id)
             if is_control or record.endswith(_USER_DEFINED):
-                yield Marker(self._model.id_to_piece(token_id), token_id, is_hidden=is_control)
+                yield Marker(self._pieces[token_id], token_id, is_hidden=is_control)
 
     def encode(self, text: str, at_start: bool) -> list[int]:
         ids: list[int] = (self._model if at_start else self._inner).encode(text)
@@ -96,7 +97,7 @@ class SentencePieceVocabulary:
         return piece.replace(SPACE, " ").encode()
 
     def piece(self, token_id: int) -> str | None:
-        return self._model.id_to_piece(token_id) if token_id < self.num_ids else None
+        return self._pieces[token_id] if token_id < self.num_ids else None
 
 
 def _piece_records(serialized: bytes) -> Iterator[bytes]:
