@@ -32,11 +32,11 @@ _KINDS = {
     torch.float16: kernels.FLOAT16,
 }
 SPLIT_TOKENS = 512  # positions of one unit of work; a multiple of the longest span (8 * 32)
-MAX_KERNEL_TOKENS = (
-    4  # longer chunks are gathered: torch reads K and V once for all of their tokens
-)
+# A chunk of more is gathered. About there one pass of torch's attention for all of its tokens costs
+# as much as a pass of the kernel for each (measured with 256 and 2048 tokens of context).
+MAX_KERNEL_TOKENS = 6
 _QUERY_TILE = 128  # queries per call of torch's attention, which bounds the mask
-# Multiply-adds below which waking other threads costs more than it gains (about 0.1 ms of work).
+# Multiply-adds, or values copied, below which waking other threads costs more than it gains.
 _MIN_SHARED_WORK = 1_000_000
 
 
@@ -155,9 +155,8 @@ class CpuBackend:
             ]
         )
         done = (splits[:, 3] - splits[:, 2]).repeat(config.num_kv_heads).cumsum()  # [units]
-        num_shares = self._num_threads
-        if done[-1] * config.head_dim * config.num_heads // config.num_kv_heads < _MIN_SHARED_WORK:
-            num_shares = 1
+        group = config.num_heads // config.num_kv_heads
+        num_shares = self._num_shares(int(done[-1]) * config.head_dim * group)
         targets = done[-1] * np.arange(1, num_shares) / num_shares
         bounds = [0, *np.searchsorted(done, targets).tolist(), done.size]
         heads = (len(splits), config.num_heads)
@@ -215,12 +214,12 @@ class CpuBackend:
         scratch = self._scratch[: math.prod(shape)].reshape(shape)
         last_tokens = chunk.seq_len - (chunk.table.size - 1) * spec.block_size
         num_units = 2 * spec.num_kv_heads
-        shares = min(self._num_threads, num_units)
+        num_shares = min(self._num_shares(scratch.size), num_units)
         self._share_out(
             lambda first, last: kernels.gather_blocks(
                 scratch, self._pool, layer_idx, table, last_tokens, self._kind, first, last
             ),
-            [num_units * i // shares for i in range(shares + 1)],
+            [num_units * i // num_shares for i in range(num_shares + 1)],
         )
         first_key = skipped * spec.block_size
         num_tokens = chunk.seq_len - first_key
@@ -228,6 +227,9 @@ class CpuBackend:
         self.bytes_gathered += 2 * spec.num_kv_heads * bytes_per_head
         k, v = torch.from_numpy(scratch).flatten(2, 3)
         return first_key, k, v
+
+    def _num_shares(self, work: int) -> int:
+        return self._num_threads if work >= _MIN_SHARED_WORK else 1
 
     def _share_out(self, kernel: Callable[[int, int], None], bounds: list[int]) -> None:
         """kernel(first, last) for each two neighbours of `bounds`, at the same time."""
