@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvchat.config import SamplingParams
 from kvchat.kv.block_pool import BlockOp, Sequence
@@ -57,8 +58,7 @@ class Batch:
     num_tokens: int
 
 
-@dataclass(slots=True, frozen=True)
-class Event:
+class Event(NamedTuple):
     """What came out of a step for one request; finish_reason "error" comes with a sentence."""
 
     request_id: int
@@ -66,4 +66,4 @@ class Event:
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     error: str = ""
-    num_cached_tokens: int = field(default=0)  # set on the first event of a request
+    num_cached_tokens: int = 0  # set on the first event of a request

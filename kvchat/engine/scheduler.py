@@ -17,29 +17,15 @@ A sequence covers, in positions:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from kvchat.config import SchedulerConfig
+from kvchat.engine.counters import SchedulerCounters
 from kvchat.engine.request import Batch, Event, Request, Row
 from kvchat.engine.residents import Residents
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockOp, BlockPool, Sequence
 
 NON_FINITE = "the model's output was not finite; the turn was stopped, its cached tokens forgotten"
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Counted since the start. A decode row computes one token that was sampled before."""
-
-    num_steps: int = 0
-    num_decode_steps: int = 0  # with at least one decode row
-    num_decode_rows: int = 0
-    num_scheduled_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_cached_tokens: int = 0  # of prompts, not computed again
-    num_preemptions: int = 0
-    num_drops: int = 0  # idle sessions that lost their blocks to others
 
 
 class Scheduler:
@@ -55,6 +41,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         # Every running request gets a token in every step, so no more may run than there are.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_request_tokens = config.max_request_tokens
         self._requests: dict[int, Request] = {}  # unfinished, by session id, in order of arrival
         self._residents = Residents(pool)
         self._num_running = 0  # of _requests, those with a sequence
@@ -90,7 +77,7 @@ class Scheduler:
         token_ids is the scheduler's from here on. What the session computed before is not again.
         """
         assert request.session_id not in self._requests, f"two requests: {request.session_id=}"
-        num_tokens, limit = len(request.token_ids), self.config.max_request_tokens
+        num_tokens, limit = len(request.token_ids), self._max_request_tokens
         if not num_tokens:
             raise UsageError("the prompt is empty; type a message first")
         if num_tokens >= limit:
@@ -186,7 +173,7 @@ class Scheduler:
             assert self._launched or not self._requests, f"stalled: {self._requests}"
             return None
         batch.num_tokens = self.config.max_num_batched_tokens - budget
-        self._count(batch)
+        self.counters.count_step(batch)
         self._launched.append(batch)
         return batch
 
@@ -197,6 +184,8 @@ class Scheduler:
         since are skipped; a preempted request keeps its token and computes it again.
         """
         assert batch is self._launched[0], "steps are read in the order of their launch"
+        num_sampled = sum(row.is_sampled for row in batch.rows)
+        assert len(sampled) == num_sampled, f"{len(sampled)} tokens for {num_sampled} rows"
         del self._launched[0]
         events = []
         block_size = self.config.block_size
@@ -282,13 +271,15 @@ class Scheduler:
         assert seq is not None and budget > 0, f"{seq=} {budget=}"
         num_pending = request.num_pending_tokens
         num_tokens = len(request.token_ids) + num_pending
-        if num_pending and num_tokens >= self._limit(request):
+        if num_pending and self._is_full(request, num_tokens):
             return 0  # it ends when its pending token is read
         start = request.num_computed_tokens
         num_new = min(num_tokens - start, budget)
         num_slots = start + num_new - seq.num_tokens
         if num_slots > 0:
-            ops = self._claim(request, seq, num_slots)
+            ops = self.pool.append(seq, num_slots)
+            if ops is None:
+                ops = self._claim(request, seq, num_slots)
             if ops is None:  # it keeps its blocks until somebody before it wants them
                 request.wait_reason = "waiting for memory (0 ahead)"
                 return 0
@@ -334,11 +325,12 @@ class Scheduler:
         self._num_running -= 1
         self.counters.num_preemptions += 1
 
-    def _limit(self, request: Request) -> int:
-        """The number of tokens at which the request ends: its own cap or the context's."""
-        limit = self.config.max_request_tokens
+    def _is_full(self, request: Request, num_tokens: int) -> bool:
+        """With num_tokens the request is at the end of the context, or has all it asked for."""
         max_tokens = request.sampling.max_tokens
-        return limit if max_tokens is None else min(limit, request.num_prompt_tokens + max_tokens)
+        if max_tokens is not None and num_tokens - request.num_prompt_tokens >= max_tokens:
+            return True
+        return num_tokens >= self._max_request_tokens
 
     def _accept(self, request: Request, token_id: int) -> Event:
         """Append what was sampled and end the request if that ends it."""
@@ -352,7 +344,7 @@ class Scheduler:
         reason = None
         if token_id in sampling.stop_token_ids and not sampling.ignore_eos:
             reason = "stop"
-        elif len(token_ids) >= self._limit(request):
+        elif self._is_full(request, len(token_ids)):
             reason = "length"
         if reason is not None:
             self._finish(request, reason)
@@ -374,12 +366,3 @@ class Scheduler:
     def _settle_if_idle(self) -> None:
         if not self._launched:
             self._residents.settle()
-
-    def _count(self, batch: Batch) -> None:
-        num_decodes = sum(
-            row.num_tokens == 1 and row.start >= row.request.num_prompt_tokens for row in batch.rows
-        )
-        self.counters.num_steps += 1
-        self.counters.num_decode_steps += num_decodes > 0
-        self.counters.num_decode_rows += num_decodes
-        self.counters.num_scheduled_tokens += batch.num_tokens

@@ -105,8 +105,8 @@ MUTANTS = [
     _scheduler(
         "one token too many",
         (
-            "elif len(token_ids) >= self._limit(request)",
-            "elif len(token_ids) > self._limit(request)",
+            "return num_tokens >= self._max_request_tokens",
+            "return num_tokens > self._max_request_tokens",
         ),
     ),
     _scheduler(
