@@ -53,8 +53,10 @@ def generated_spans(tokenizer: Tokenizer, ids: Sequence[int], at_start: bool) ->
 def continue_spans(
     tokenizer: Tokenizer, old: Sequence[Span], pieces: Iterable[Piece]
 ) -> tuple[list[Span], int]:
-    """`pieces` as spans, and how many of them are those of `old`: as far as the texts agree."""
+    """`pieces` as spans, and how many of them are those of `old`: as far as the texts agree. Of
+    the first that differs its agreeing tokens are taken, as a span of their own."""
     spans: list[Span] = []
+    num_kept = 0
     todo = list(pieces)[::-1]
     for span in old:
         if not todo or not _same_kind(span.piece, todo[-1]):
@@ -63,13 +65,13 @@ def continue_spans(
         if not piece.text.startswith(span.piece.text):
             span, is_whole = _cut_span(tokenizer, span, piece.text), False
         rest = piece.text[len(span.piece.text) :]
-        if span.ids:
+        if span.ids or is_whole:
             spans.append(span)
         if rest:
             todo.append(Piece(rest, at_start=piece.at_start and not span.ids))
         if not is_whole:
             break
-    num_kept = len(spans)
+        num_kept += 1
     return spans + [encode_piece(tokenizer, piece) for piece in reversed(todo)], num_kept
 
 

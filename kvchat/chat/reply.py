@@ -33,6 +33,7 @@ class ReplyStyle:
     can_think: bool = False
     is_thinking: bool = False  # the prompt itself opened the <think> block
     shows_lead: bool = True  # white space before the answer is shown (text that is continued)
+    silent_ids: frozenset[int] = frozenset()  # end-of-turn tokens are no text
 
 
 class Reply:
@@ -55,7 +56,8 @@ class Reply:
         if self.is_stopped:
             return []
         self.ids.extend(ids)
-        return self._think(self._cut(self._decoder.feed(ids)), is_last=self.is_stopped)
+        text = self._decoder.feed(i for i in ids if i not in self._style.silent_ids)
+        return self._think(self._cut(text), is_last=self.is_stopped)
 
     def finish(self, is_cut: bool) -> list[Chunk]:
         """What was held back. `is_cut`: the reply was stopped, so half a character is dropped."""

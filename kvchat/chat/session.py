@@ -369,6 +369,7 @@ class Session:
             can_think=chat_format.can_think,
             is_thinking=chat_format.can_think and tail.endswith(THINK_START),
             shows_lead=chat_format.is_plain,
+            silent_ids=stop_ids,
         )
         reply = Reply(StreamDecoder(desk.tokenizer, at_start), style)
         return _Job(request, turn, reply, at_start, num_known, desk.clock())
