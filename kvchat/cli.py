@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -86,6 +87,9 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
 
     if flags["debug"]:
         logging.basicConfig(level=logging.INFO)
+    else:
+        logging.getLogger().addHandler(logging.NullHandler())
+    logging.captureWarnings(True)  # libraries' warnings are logs: nobody can act on them here
     options = _run_options(flags)
     is_batch = flags["prompt"] is not None or flags["file"] is not None
     has_screen = sys.stdin.isatty() and sys.stdout.isatty() and _term() != "dumb"
@@ -111,9 +115,9 @@ def bench() -> None:
 @click.pass_obj
 def scheduling(show: Show) -> None:
     """What a step of the scheduler costs with 8, 100 and 1,000 running sessions."""
-    from kvchat.bench.scheduling import format_rows, run_scheduling_bench
+    from kvchat.bench.scheduling import format_scheduling, run_scheduling_bench
 
-    show.answer(format_rows(run_scheduling_bench()) + "\n", is_last=True)
+    show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
 
 
 def _chat(runtime: Runtime, use_color: bool) -> int:
@@ -191,7 +195,11 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 def run_cli(arguments: list[str], show: Show) -> int:
     """Do what the arguments say; the exit code. Whatever goes wrong is one line on stderr."""
     try:
-        cli.main(arguments, standalone_mode=False, obj=show)
+        # not cli.main(): it turns a closed pipe into exit code 1
+        with cli.make_context("kvchat", arguments, obj=show) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     except (KvchatError, click.ClickException) as error:
@@ -202,6 +210,7 @@ def run_cli(arguments: list[str], show: Show) -> int:
         )
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
+        show.progress("", 1, 1)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_PIPE
@@ -219,7 +228,8 @@ def main() -> None:
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, _exit_on_signal)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     is_live = sys.stderr.isatty() and _term() != "dumb"
     use_color = is_live and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     code = run_cli(sys.argv[1:], Show(sys.stdout, sys.stderr, use_color, is_live))

@@ -192,9 +192,13 @@ def test_the_clipboard_takes_what_terminals_take():
 
 
 def test_only_show_writes_to_the_terminal():
+    exempt = {
+        "show.py",
+        "sandbox.py",  # a child process; its stdout is the pipe to its parent
+    }
     wrong = []
     for path in sorted((ROOT / "kvchat").rglob("*.py")):
-        if path.name == "show.py":
+        if path.name in exempt:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):

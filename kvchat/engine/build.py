@@ -109,7 +109,7 @@ def build_engine(
     runner = Runner(decoder, cache, backend, Sampler())
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
     pool = BlockPool(scheduler_config.num_blocks, options.block_size, source.fingerprint)
-    engine = Engine(Scheduler(scheduler_config, pool), runner, listener)
+    engine = Engine(Scheduler(scheduler_config, pool), runner, listener, spec.bytes_per_block)
     facts = EngineFacts(
         device=device,
         dtype=dtype,

@@ -103,9 +103,11 @@ def edit(repl: Repl, argument: str) -> None:
 def stop(repl: Repl, argument: str) -> None:
     if argument not in ("", "all"):
         raise UsageError("/stop, or /stop all")
+    stopped = []
     for session in repl.library.sessions if argument else [repl.session]:
         session.drop_queued()
-        session.stop()
+        stopped += [session.name] if session.stop() else []
+    repl.say(f"stopped {', '.join(stopped)}" if stopped else "nothing to stop")
 
 
 @command("/all TEXT", "send a turn to every chat")

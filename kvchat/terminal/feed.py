@@ -34,7 +34,8 @@ class Feed:
             if self._kind not in (None, chunk.kind):
                 self._break(is_spaced="reasoning" in (self._kind, chunk.kind))
             self._kind = chunk.kind
-            *whole, rest = (self.tail[1] + chunk.text).split("\n")
+            text = f"[{chunk.text}]" if chunk.kind == "notice" else chunk.text
+            *whole, rest = (self.tail[1] + text).split("\n")
             for line in whole:
                 self._finish_line(line)
             self.tail = (STYLES[chunk.kind], rest)

@@ -1,13 +1,14 @@
-"""What each key does, one function per key. Knows the buffer and the actions' names only."""
+"""What each key does. Knows the input buffer and the names of actions only."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.filters import Condition, is_searching
+from prompt_toolkit.filters import Condition, FilterOrBool, is_searching
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
@@ -41,9 +42,13 @@ def clean_paste(text: str) -> str:
 def make_bindings(actions: Actions) -> KeyBindings:
     """The keys of the input line; all other editing keys are prompt-toolkit's (emacs)."""
     keys = KeyBindings()
-    is_editing = ~is_searching
+    _bind_editing(keys, actions)
+    _bind_control(keys, actions)
+    return keys
 
-    @keys.add("enter", filter=is_editing)
+
+def _bind_editing(keys: KeyBindings, actions: Actions) -> None:
+    @keys.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         """Send, or break the line after a backslash."""
         buffer = event.current_buffer
@@ -56,13 +61,13 @@ def make_bindings(actions: Actions) -> KeyBindings:
             buffer.reset(append_to_history=True)
         actions.submit(text)
 
-    @keys.add("escape", "enter", filter=is_editing)
-    @keys.add("c-j", filter=is_editing)
+    @keys.add("escape", "enter", filter=~is_searching)
+    @keys.add("c-j", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         """Break the line."""
         event.current_buffer.insert_text("\n")
 
-    @keys.add("tab", filter=is_editing)
+    @keys.add("tab", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         """Complete what there is one way to complete, else go through the ways."""
         buffer = event.current_buffer
@@ -75,39 +80,24 @@ def make_bindings(actions: Actions) -> KeyBindings:
         else:
             buffer.start_completion(insert_common_part=True)
 
-    @keys.add(Keys.BracketedPaste, filter=is_editing)
+    @keys.add(Keys.BracketedPaste, filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         """Insert a paste whole; it is never sent by itself."""
         text = clean_paste(event.data)
         event.current_buffer.insert_text(text)
         actions.pasted(text.count("\n") + 1)
 
-    @keys.add("c-c", filter=is_editing)
-    @keys.add(Keys.SIGINT)
-    def _(event: KeyPressEvent) -> None:
-        """Stop what is on the screen."""
-        actions.interrupt()
 
-    @keys.add("c-d", filter=is_editing & Condition(lambda: not get_app().current_buffer.text))
-    def _(event: KeyPressEvent) -> None:
-        """Leave."""
-        actions.leave()
+def _bind_control(keys: KeyBindings, actions: Actions) -> None:
+    is_empty = Condition(lambda: not get_app().current_buffer.text)
 
-    @keys.add("c-l", filter=is_editing)
-    def _(event: KeyPressEvent) -> None:
-        """Clear the screen."""
-        actions.clear_screen()
+    def bind(key: str, action: Callable[[], None], filter: FilterOrBool = True) -> None:
+        keys.add(key, filter=filter)(lambda event: action())
 
-    @keys.add("c-z")
-    def _(event: KeyPressEvent) -> None:
-        """Stop the process until the shell's fg."""
-        actions.suspend()
-
-    for digit in "123456789":
-
-        @keys.add("escape", digit, filter=is_editing)
-        def _(event: KeyPressEvent) -> None:
-            """Switch to a session by its number."""
-            actions.switch_to(int(event.key_sequence[-1].key))
-
-    return keys
+    bind("c-c", actions.interrupt, ~is_searching)
+    bind("<sigint>", actions.interrupt)
+    bind("c-d", actions.leave, ~is_searching & is_empty)
+    bind("c-l", actions.clear_screen)
+    bind("c-z", actions.suspend)
+    for number in range(1, 10):
+        keys.add("escape", str(number))(lambda event, n=number: actions.switch_to(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ def read_turns(prompt: str | None, file: str | None, stdin: BinaryIO | None) -> 
 
     `stdin` None: there is none to read. Raises UsageError or CapacityError, for lines on the way.
     """
-    source, name = (stdin, "stdin") if file is None else (_open(file), f"-f {file}")
+    source, name = (stdin, "stdin") if file is None else (_read(file), f"-f {file}")
     if prompt is None:
         return _lines(source, name)
     rest = _decode(source.read(MAX_TURN_BYTES + 1), name) if source else ""
@@ -29,9 +30,9 @@ def read_turns(prompt: str | None, file: str | None, stdin: BinaryIO | None) -> 
     return iter([turn])
 
 
-def _open(file: str) -> BinaryIO:
+def _read(file: str) -> BinaryIO:
     try:
-        return Path(file).open("rb")
+        return BytesIO(Path(file).read_bytes())
     except OSError as error:
         raise UsageError(f"-f {file}: {error.strerror}") from error
 

@@ -43,6 +43,7 @@ class Repl:
         self.editing: Session | None = None  # the next turn replaces this session's last one
         self._feed = Feed()
         self._seen_reply = self.library.current.last_reply
+        self._waits_for = ""  # why the reply on screen has not begun
         self._hint = ""  # shown in the toolbar until the next turn
         self._is_leaving = False
         self._stats = runtime.engine.stats()
@@ -192,13 +193,17 @@ class Repl:
 
     def _refresh(self) -> None:
         """Fetch what the engine has made, print whole lines, repaint what grows."""
-        if not self.library.pump() and self.session.last_reply is self._seen_reply:
+        session = self.session
+        is_changed = self.library.pump() or session.last_reply is not self._seen_reply
+        waits_for = session.waits_for
+        if not is_changed and waits_for == self._waits_for:
             return
         self._measure()
-        self._feed.add(self.session.take_output())
-        if self.session.last_reply is not self._seen_reply:
+        self._feed.add(session.take_output())
+        if session.last_reply is not self._seen_reply:
             self._end_reply()
-        self.screen.tail = self._feed.tail
+        self._waits_for = waits_for
+        self.screen.tail = ("dim", waits_for) if waits_for else self._feed.tail
         if lines := self._feed.take_lines():
             self.show.lines(lines)
         else:
@@ -212,13 +217,13 @@ class Repl:
         remarks = []
         if stats.finish_reason == "abort":
             remarks.append("stopped")
-        elif stats.finish_reason == "length":
+        elif stats.finish_reason == "length" and session.num_context_tokens < session.max_context:
             remarks.append(f"cut at {stats.num_generated_tokens:,} tokens")
         elif not stats.num_generated_tokens:
             remarks.append("empty reply")
         if stats.num_recomputed_tokens:
             remarks.append(f"{stats.num_recomputed_tokens:,} tokens of history recomputed")
-        self._feed.add(Chunk("notice", f"[{remark}]") for remark in remarks)
+        self._feed.add(Chunk("notice", remark) for remark in remarks)
         self._feed.end()
         if session.is_working:
             self._feed.lines += views.user_lines(session.messages[-2].content)

@@ -251,6 +251,7 @@ class Screen:
         def start() -> None:
             self.on_signal(signal.SIGTSTP, self.suspend)
             self.on_signal(signal.SIGCONT, self._restore)
+            self.app.create_background_task(_calm_signals())
             on_start()
 
         return self.app.run(pre_run=start, set_exception_handler=False)
@@ -278,3 +279,8 @@ class Screen:
     def _restore(self) -> None:
         """Raw mode and a fresh picture, after somebody else had the terminal."""
         run_in_terminal(lambda: None)
+
+
+async def _calm_signals() -> None:
+    """Let a storm of signals (a window being dragged) pass without a word from asyncio's pipe."""
+    signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)

@@ -123,6 +123,7 @@ class Show:
 
     def error(self, message: str) -> None:
         """One line about what went wrong."""
+        self.progress("", 1, 1)
         self._err.write(styled([("error", "error: "), ("", one_line(message))], self.use_color))
         self._err.write("\n")
         self._err.flush()

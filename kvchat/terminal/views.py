@@ -25,12 +25,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHARED, CACHED, FREE = "*", "=", "."
 
 
-def format_count(number: float) -> str:
-    """3100 is 3.1k, 8192 is 8.2k, 131072 is 131k."""
-    for unit, size in (("M", 1_000_000), ("k", 1000)):
-        if number >= size:
-            return f"{number / size:.{1 if number < 10 * size else 0}f}{unit}"
-    return f"{number:.0f}"
+def format_count(number: int) -> str:
+    """3100 is 3.1k, 52000 is 52k; powers of two as people call them: 8192 is 8k."""
+    if number < 1000:
+        return str(number)
+    if number % 1024 == 0:
+        return f"{number // 1024}k"
+    return f"{number / 1000:.{1 if number < 10_000 else 0}f}k"
 
 
 def format_bytes(number: float) -> str:
@@ -82,7 +83,7 @@ def toolbar(library: Library, stats: EngineStats, tokens_per_s: float | None) ->
     session = library.current
     parts = [
         session.name,
-        f"{format_count(session.num_context_tokens)}/{format_count(session.max_context)}",
+        f"context {format_count(session.num_context_tokens)}/{format_count(session.max_context)}",
         f"pool {100 * stats.num_blocks_used / max(1, stats.num_blocks):.0f}%",
     ]
     if tokens_per_s is not None:
