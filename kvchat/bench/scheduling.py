@@ -1,4 +1,4 @@
-"""What one step of scheduling costs on one core: schedule and update, real pool, no model."""
+"""What one step of scheduling costs of one core: schedule and update, real pool, no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_STEPS = 32  # two blocks for each session: claiming and sealing are in the f
 
 @dataclass(frozen=True)
 class SchedulingCost:
-    """Microseconds of one decode step with `num_running` sessions, each adding one token."""
+    """CPU microseconds of one decode step with `num_running` sessions, each adding one token."""
 
     num_running: int
     mean_us: float
@@ -44,10 +44,10 @@ def measure_scheduling(num_running: int, num_repeats: int) -> SchedulingCost:
         pass
     times = []
     for _ in range(num_repeats):
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(NUM_STEPS):
             _step(scheduler, tokens)
-        times.append((time.perf_counter() - started) / NUM_STEPS * 1e6)
+        times.append((time.thread_time() - started) / NUM_STEPS * 1e6)
     return SchedulingCost(num_running, statistics.mean(times), min(times))
 
 
