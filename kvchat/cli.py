@@ -224,6 +224,8 @@ def run_cli(arguments: list[str], show: Show) -> int:
 
 def main() -> None:
     """The console script: streams, signals, and an exit code that a shell understands."""
+    # Read when torch starts: its idle threads would spin against those of the attention kernels.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, _exit_on_signal)

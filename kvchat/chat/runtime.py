@@ -14,6 +14,9 @@ from kvchat.engine.engine import Engine
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
 
+# No repeat that DRY penalises reaches over one of these; the list is llama.cpp's.
+_DRY_BREAKERS = ("\n", ":", '"', "*")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -57,8 +60,14 @@ def open_runtime(
     tokenizer = load_tokenizer(source, config.vocab_size)
     chat_format = load_chat_format(source, tokenizer, options.chat_format)
     routed: list[Library] = []
+    breakers = frozenset(tokenizer.encode(text)[-1] for text in _DRY_BREAKERS)
     engine, facts = build_engine(
-        source, config, options.engine, progress, lambda events: routed[0].on_events(events)
+        source,
+        config,
+        options.engine,
+        progress,
+        lambda events: routed[0].on_events(events),
+        breakers,
     )
     defaults = ChatDefaults(
         sampling=SamplingParams(**{**chat_format.sampling_defaults, **options.sampling}),  # type: ignore[arg-type]

@@ -73,8 +73,12 @@ def build_engine(
     options: EngineOptions,
     progress: Progress,
     listener: Callable[[list[Event]], None],
+    dry_breakers: frozenset[int],
 ) -> tuple[Engine, EngineFacts]:
-    """Load the weights, reserve the pool, compile what is needed; the engine is not started yet."""
+    """Load the weights, reserve the pool, compile what is needed; the engine is not started yet.
+
+    No repeat that DRY penalises reaches over a token of dry_breakers.
+    """
     import torch
 
     from kvchat.attention.backends import make_backend
@@ -106,7 +110,7 @@ def build_engine(
     cache = KVCache(spec, scheduler_config.num_blocks, device)
     rope = build_rope(config, scheduler_config.max_model_len, device)
     backend = make_backend(options.backend, config, cache, rope)
-    runner = Runner(decoder, cache, backend, Sampler())
+    runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
     pool = BlockPool(scheduler_config.num_blocks, options.block_size, source.fingerprint)
     engine = Engine(Scheduler(scheduler_config, pool), runner, listener, spec.bytes_per_block)
