@@ -60,7 +60,8 @@ def open_runtime(
     tokenizer = load_tokenizer(source, config.vocab_size)
     chat_format = load_chat_format(source, tokenizer, options.chat_format)
     routed: list[Library] = []
-    breakers = frozenset(tokenizer.encode(text)[-1] for text in _DRY_BREAKERS)
+    # The last id alone: some tokenizers put a space first, and some drop a line break altogether.
+    breakers = frozenset(i for text in _DRY_BREAKERS for i in tokenizer.encode(text)[-1:])
     engine, facts = build_engine(
         source,
         config,
