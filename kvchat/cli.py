@@ -85,36 +85,32 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
     from kvchat.chat.runtime import open_runtime
     from kvchat.terminal.pipe import answer_turns, read_turns
 
-    if flags["debug"]:
-        logging.basicConfig(level=logging.INFO)
-    else:
-        logging.getLogger().addHandler(logging.NullHandler())
-    logging.captureWarnings(True)  # libraries' warnings are logs: nobody can act on them here
     options = _run_options(flags)
     is_batch = flags["prompt"] is not None or flags["file"] is not None
     has_screen = sys.stdin.isatty() and sys.stdout.isatty() and _term() != "dumb"
     has_input = not (is_batch and sys.stdin.isatty())
     turns = read_turns(flags["prompt"], flags["file"], sys.stdin.buffer if has_input else None)
     runtime = open_runtime(options, show.progress)
+    if has_screen and not is_batch:
+        os._exit(_chat(runtime, show.use_color))  # whatever long step the engine is in
+    for warning in runtime.warnings:
+        show.note(f"warning: {warning}")
     try:
-        if has_screen and not is_batch:
-            sys.exit(_chat(runtime, show.use_color))
-        for warning in runtime.warnings:
-            show.note(f"warning: {warning}")
         answer_turns(show, runtime.library, turns)
     finally:
-        runtime.close()
+        if not isinstance(sys.exception(), KeyboardInterrupt):
+            runtime.close()
 
 
-@cli.group(short_help="Measure kvchat on this machine.")
+@cli.group(no_args_is_help=False)
 def bench() -> None:
     """Measure kvchat on this machine."""
 
 
-@bench.command(short_help="Microseconds of one scheduling step.")
+@bench.command()
 @click.pass_obj
 def scheduling(show: Show) -> None:
-    """What a step of the scheduler costs with 8, 100 and 1,000 running sessions."""
+    """Microseconds of a scheduling step, with 8, 100 and 1,000 sessions."""
     from kvchat.bench.scheduling import format_scheduling, run_scheduling_bench
 
     show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
@@ -189,25 +185,25 @@ def _term() -> str:
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    os._exit(128 + number)
 
 
 def run_cli(arguments: list[str], show: Show) -> int:
     """Do what the arguments say; the exit code. Whatever goes wrong is one line on stderr."""
     try:
         # not cli.main(): it turns a closed pipe into exit code 1
-        with cli.make_context("kvchat", arguments, obj=show) as context:
+        with cli.make_context("kvchat", arguments or ["--help"], obj=show) as context:
             cli.invoke(context)
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
-    except (KvchatError, click.ClickException) as error:
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "kvchat"
+        show.error(f"{error.format_message().rstrip('.')}; see {path} --help")
+        return error.exit_code
+    except KvchatError as error:
         if "--debug" in arguments:
             raise
-        show.error(
-            error.format_message() if isinstance(error, click.ClickException) else str(error)
-        )
+        show.error(str(error))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         show.progress("", 1, 1)
@@ -229,6 +225,11 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, _exit_on_signal)
+    if "--debug" in sys.argv:
+        logging.basicConfig(level=logging.INFO)
+    else:
+        logging.getLogger().addHandler(logging.NullHandler())
+    logging.captureWarnings(True)  # libraries' warnings are logs: nobody can act on them here
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -13,9 +13,10 @@ import asyncio
 
 import pyte
 from prompt_toolkit.input import create_pipe_input
-from scripted_engine import ScriptedEngine, scripted_library, scripted_tokenizer
+from scripted_engine import ScriptedEngine, scripted_library, scripted_tokenizer, text_source
 
 from kvchat.chat.runtime import Runtime
+from kvchat.chat.template import load_chat_format
 from kvchat.config import KVSpec, SchedulerConfig
 from kvchat.engine.build import EngineFacts
 from kvchat.engine.stats import EngineStats, SessionKV
@@ -157,13 +158,18 @@ def play(
     rows: int = 24,
     use_color: bool = True,
     warnings=(),
+    template=None,
     **library_options,
 ) -> tuple[str, Person, int]:
     """Run `script` to its end; the transcript, the person and the REPL's exit code.
 
     A script that does not leave by itself is left when it ends.
     """
-    engine = TalkingEngine(scripted_tokenizer())
+    tokenizer = scripted_tokenizer()
+    if template:
+        source = text_source(chat_template=template)
+        library_options["chat_format"] = load_chat_format(source, tokenizer, None)
+    engine = TalkingEngine(tokenizer)
     engine.num_cached_tokens = 1 << 20  # every history is in the pool still
     library = scripted_library(engine, **{"max_model_len": 512, **library_options})
     runtime = Runtime(library, engine, FACTS, "test-model", "chatml", tuple(warnings))

@@ -8,6 +8,7 @@ import signal
 import stat
 
 import pytest
+from chat_templates import QWEN3
 from repl_driver import play
 
 from kvchat import paths
@@ -369,6 +370,24 @@ def test_any_size_of_terminal_is_painted():
     play(script, max_model_len=100_000)
 
 
+def test_reasoning_is_dim_and_the_recompute_it_costs_is_shown():
+    async def script(person):
+        await person.says("is it?", "<think>\nhm\nwell\n</think>\n\nYes.")
+        person.engine.num_cached_tokens = 16
+        await person.says("sure?", "<think>\n\n</think>\n\nSure.")
+        await person.types("/think off\r")
+        await person.sees("think off")
+        await person.types("/copy\r")
+        await person.sees("copied 5 characters")
+        person.shown = person.terminal.raw
+
+    transcript, person, _ = play(script, template=QWEN3)
+
+    assert transcript[len(BANNER) :].startswith("> is it?\nhm\nwell\n\nYes.\n\n> sure?\nSure.\n[")
+    assert "tokens of history recomputed]" in transcript
+    assert "\x1b[2mwell\x1b[0m\n" in person.shown
+
+
 def test_no_colour_means_no_colour():
     async def script(person):
         await person.says("hello", "Hi!")
@@ -461,7 +480,7 @@ def test_read_puts_a_file_before_the_next_turn(state):
         await person.types("/read notes.txt\r")
         await person.sees("2 lines of notes.txt go before your next turn")
         await person.types("/read bad.bin\r")
-        await person.sees("is not UTF-8 text (byte 2)")
+        await person.sees("bad.bin is not UTF-8 text: byte 0xff at offset 2")
         await person.types("/read none.txt\r")
         await person.sees("No such file")
         await person.says("sum up", "Letters.")
@@ -476,7 +495,7 @@ def test_export_and_copy(state):
         await person.types("/export chat.md\r")
         await person.sees("wrote chat.md")
         await person.types("/export chat.md\r")
-        await person.sees("exists; choose another name")
+        await person.sees("chat.md: File exists")
         await person.types("/export chat.txt\r")
         await person.sees("must end in .md or .jsonl")
         await person.types("/copy\r")

@@ -1,10 +1,10 @@
-"""What each key does. Knows the input buffer and the names of actions only."""
+"""What each key does. What a key asks for, the REPL does."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent
@@ -12,26 +12,11 @@ from prompt_toolkit.filters import Condition, FilterOrBool, is_searching
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
+if TYPE_CHECKING:
+    from kvchat.terminal.repl import Repl
+
 # C0 but \t and \n, DEL and C1: nothing of what is pasted may act as a key or a control.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class Actions(Protocol):
-    """What keys can ask for; every one answers on the screen itself."""
-
-    def submit(self, text: str) -> None: ...
-
-    def interrupt(self) -> None: ...
-
-    def leave(self) -> None: ...
-
-    def switch_to(self, number: int) -> None: ...
-
-    def clear_screen(self) -> None: ...
-
-    def suspend(self) -> None: ...
-
-    def pasted(self, num_lines: int) -> None: ...
 
 
 def clean_paste(text: str) -> str:
@@ -39,7 +24,7 @@ def clean_paste(text: str) -> str:
     return _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def make_bindings(actions: Actions) -> KeyBindings:
+def make_bindings(actions: Repl) -> KeyBindings:
     """The keys of the input line; all other editing keys are prompt-toolkit's (emacs)."""
     keys = KeyBindings()
     _bind_editing(keys, actions)
@@ -47,7 +32,7 @@ def make_bindings(actions: Actions) -> KeyBindings:
     return keys
 
 
-def _bind_editing(keys: KeyBindings, actions: Actions) -> None:
+def _bind_editing(keys: KeyBindings, actions: Repl) -> None:
     @keys.add("enter", filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
         """Send, or break the line after a backslash."""
@@ -88,7 +73,7 @@ def _bind_editing(keys: KeyBindings, actions: Actions) -> None:
         actions.pasted(text.count("\n") + 1)
 
 
-def _bind_control(keys: KeyBindings, actions: Actions) -> None:
+def _bind_control(keys: KeyBindings, actions: Repl) -> None:
     is_empty = Condition(lambda: not get_app().current_buffer.text)
 
     def bind(key: str, action: Callable[[], None], filter: FilterOrBool = True) -> None:

@@ -23,7 +23,7 @@ def read_turns(prompt: str | None, file: str | None, stdin: BinaryIO | None) -> 
     source, name = (stdin, "stdin") if file is None else (_read(file), f"-f {file}")
     if prompt is None:
         return _lines(source, name)
-    rest = _decode(source.read(MAX_TURN_BYTES + 1), name) if source else ""
+    rest = decode_turn(source.read(MAX_TURN_BYTES + 1), name) if source else ""
     turn = f"{prompt}\n{rest}" if rest and prompt else prompt + rest
     if not turn.strip():
         raise UsageError("the prompt is empty; give -p some text, or pipe it in")
@@ -40,14 +40,15 @@ def _read(file: str) -> BinaryIO:
 def _lines(source: BinaryIO | None, name: str) -> Iterator[str]:
     is_empty = True
     while source and (line := source.readline(MAX_TURN_BYTES + 1)):
-        if (turn := _decode(line, name).rstrip("\r\n")).strip():
+        if (turn := decode_turn(line, name).rstrip("\r\n")).strip():
             is_empty = False
             yield turn
     if is_empty:
         raise UsageError(f"{name} holds no text; a line is a turn, or use -p for one answer")
 
 
-def _decode(data: bytes, name: str) -> str:
+def decode_turn(data: bytes, name: str) -> str:
+    """The text of a turn read from `name`. Raises CapacityError or UsageError."""
     if len(data) > MAX_TURN_BYTES:
         limit = MAX_TURN_BYTES >> 20
         raise CapacityError(f"{name}: more than {limit} MiB for one turn; send it in parts")
@@ -71,16 +72,18 @@ def answer_turns(show: Show, library: Library, turns: Iterable[str]) -> None:
 def _answer(show: Show, library: Library, turn: str) -> None:
     session = library.current
     session.send(turn)
-    is_working, last = True, ""
+    is_working, last, notices = True, "", list[str]()
     while is_working:
         library.pump(timeout=PUMP_S)
         is_working = session.is_working
         for chunk in session.take_output():
             if chunk.kind == "answer":
-                last = chunk.text[-1:] or last
+                last = chunk.text
                 show.answer(chunk.text)
             elif chunk.kind == "notice":
-                show.note(chunk.text)
-    show.answer("" if last == "\n" else "\n", is_last=True)
+                notices.append(chunk.text)
+    show.answer("" if last.endswith("\n") else "\n", is_last=True)
     if session.last_reply is not None and session.last_reply.finish_reason == "error":
-        raise EngineError("the reply could not be finished")
+        raise EngineError(notices[-1])
+    for notice in notices:
+        show.note(notice)

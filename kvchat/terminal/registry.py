@@ -14,19 +14,21 @@ from kvchat.errors import UsageError
 from kvchat.terminal.show import one_line
 
 Target = TypeVar("Target")
+Run = Callable[[Target, str], None]
 Words = tuple[str, ...] | Literal["file", "session"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command. `words` is what completion offers for its argument."""
+    """A slash command. `usage` is its argument, in brackets if it may be left out; `words` is
+    what completion offers for it."""
 
     name: str
-    usage: str  # the argument as /help shows it
+    usage: str
     help: str
     run: Callable[..., None]
-    words: Words = ()
-    aliases: tuple[str, ...] = ()
+    words: Words
+    aliases: tuple[str, ...]
 
 
 class Registry:
@@ -37,12 +39,12 @@ class Registry:
         self._by_name: dict[str, Command] = {}
 
     def command(
-        self, name: str, help: str, words: Words = (), aliases: tuple[str, ...] = ()
-    ) -> Callable[[Callable[[Target, str], None]], Callable[[Target, str], None]]:
-        """Declare a command; `name` is its name, and after a space what /help says it takes."""
-        name, _, usage = name.partition(" ")
+        self, synopsis: str, help: str, words: Words = (), aliases: tuple[str, ...] = ()
+    ) -> Callable[[Run[Target]], Run[Target]]:
+        """Declare a command; `synopsis` is its name and usage."""
+        name, _, usage = synopsis.partition(" ")
 
-        def declare(run: Callable[[Target, str], None]) -> Callable[[Target, str], None]:
+        def declare(run: Run[Target]) -> Run[Target]:
             made = Command(name, usage, help, run, words, aliases)
             self.commands.append(made)
             self._by_name |= dict.fromkeys((name, *aliases), made)
@@ -50,18 +52,21 @@ class Registry:
 
         return declare
 
-    def find(self, name: str) -> Command:
-        """The command called `name`; UsageError names the nearest one."""
-        if name in self._by_name:
-            return self._by_name[name]
-        near = difflib.get_close_matches(name[:64], self._by_name, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "/help lists them all"
-        raise UsageError(f"unknown command {one_line(name, 40)}; {hint}")
-
     def dispatch(self, target: object, line: str) -> None:
-        """Run the command on `line`, which begins with its name."""
+        """Run the command that `line` begins with; UsageError names the nearest one, or usage."""
         name, _, argument = line.partition(" ")
-        self.find(name.strip()).run(target, argument.strip())
+        found = self._by_name.get(name.strip())
+        if found is None:
+            near = difflib.get_close_matches(name[:64], self._by_name, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "/help lists them all"
+            raise UsageError(f"unknown command {one_line(name, 40)}; {hint}")
+        if not argument.strip() and found.usage and not found.usage.startswith("["):
+            raise UsageError(f"{found.name} {found.usage}: {found.help}")
+        found.run(target, argument.strip())
+
+    def words(self, name: str) -> Words:
+        """What may follow a command."""
+        return self._by_name[name].words if name in self._by_name else ()
 
 
 class CommandCompleter(Completer):
@@ -73,28 +78,18 @@ class CommandCompleter(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        text = document.text_before_cursor
-        if not text.startswith("/") or "\n" in text:
+        name, space, argument = document.text_before_cursor.partition(" ")
+        if not name.startswith("/") or "\n" in name + argument:
             return
-        name, space, argument = text.partition(" ")
         if not space:
             for command in self._registry.commands:
                 if command.name.startswith(name):
-                    yield Completion(
-                        command.name, -len(name), display_meta=one_line(command.help, 60)
-                    )
+                    yield Completion(command.name, -len(name), display_meta=command.help)
             return
-        words = self._words_of(name)
+        words = self._registry.words(name)
         if words == "file":
             yield from self._paths.get_completions(Document(argument), event)
             return
-        offered = self._session_names() if words == "session" else words
-        for word in offered:
+        for word in self._session_names() if words == "session" else words:
             if word.startswith(argument):
-                yield Completion(word, -len(argument), display=one_line(word, 60))
-
-    def _words_of(self, name: str) -> Words:
-        try:
-            return self._registry.find(name).words
-        except UsageError:
-            return ()
+                yield Completion(word, -len(argument))

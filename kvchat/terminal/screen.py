@@ -138,28 +138,25 @@ class Terminal:
     input: Input | None = None
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a screen is filled with by its owner."""
-
-    toolbar: Callable[[], str]
-    bindings: KeyBindings
-    completer: Completer
-    history: History
-
-
 class Screen:
     """Paints; a Sink for Show, whose text appears above the input line, as one repaint.
 
     `tail` is the part of a reply that has no newline yet: (style, text), painted above the input.
     """
 
-    def __init__(self, terminal: Terminal, parts: Parts) -> None:
+    def __init__(
+        self,
+        terminal: Terminal,
+        toolbar: Callable[[], str],
+        bindings: KeyBindings,
+        completer: Completer,
+        history: History,
+    ) -> None:
         self.tail = ("", "")
         self.buffer = Buffer(
             multiline=True,
-            history=parts.history,
-            completer=parts.completer,
+            history=history,
+            completer=completer,
             complete_while_typing=Condition(lambda: self.buffer.text.startswith("/")),
         )
         self._pending: list[str] = []
@@ -169,8 +166,8 @@ class Screen:
             enable_cpr=False,
         )
         self.app: Application[int] = Application(
-            layout=self._layout(parts),
-            key_bindings=parts.bindings,
+            layout=self._layout(toolbar),
+            key_bindings=bindings,
             style=STYLE,
             input=terminal.input,
             output=self._painter,
@@ -179,7 +176,7 @@ class Screen:
         )
         self.app.ttimeoutlen = 0.05  # a lone Escape is told from Alt-Enter after 50 ms
 
-    def _layout(self, parts: Parts) -> Layout:
+    def _layout(self, toolbar: Callable[[], str]) -> Layout:
         search = SearchToolbar()
         control = BufferControl(self.buffer, search_buffer_control=search.control)
         children: list[AnyContainer] = [
@@ -197,7 +194,7 @@ class Screen:
             CompletionsMenu(max_height=MAX_MENU_ROWS),
             search,
             Window(
-                FormattedTextControl(lambda: [("class:dim", sanitise(parts.toolbar()))]),
+                FormattedTextControl(lambda: [("class:dim", sanitise(toolbar()))]),
                 height=1,
                 dont_extend_height=True,
             ),

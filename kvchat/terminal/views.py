@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 from kvchat import __version__
 from kvchat.chat.library import Library
 from kvchat.chat.messages import Message
-from kvchat.chat.options import Value
 from kvchat.chat.runtime import Runtime
 from kvchat.chat.session import ReplyStats
 from kvchat.engine.build import EngineFacts
-from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV
+from kvchat.engine.stats import BlockOwner, EngineStats
 from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment
 
 Line = list[Fragment]
@@ -132,26 +130,13 @@ def session_lines(library: Library) -> list[Line]:
     return table(("", "#", "session", "state", "tokens", "begins with"), rows)
 
 
-class Holder(Protocol):
-    """What /kv asks of the engine."""
-
-    def session_kv(self, session_id: int) -> SessionKV: ...
-
-
-def kv_lines(library: Library, engine: Holder) -> list[Line]:
+def kv_lines(runtime: Runtime) -> list[Line]:
     """/kv: what each session holds in the pool; shared blocks count in full for each."""
     rows = []
-    for session in library.sessions:
-        held = engine.session_kv(session.id)
-        rows.append(
-            (
-                session.name,
-                f"{session.num_context_tokens:,}",
-                f"{held.num_tokens:,}",
-                f"{held.num_blocks:,}",
-                format_bytes(held.num_bytes),
-            )
-        )
+    for session in runtime.library.sessions:
+        held = runtime.engine.session_kv(session.id)
+        counts = (session.num_context_tokens, held.num_tokens, held.num_blocks)
+        rows.append((session.name, *(f"{n:,}" for n in counts), format_bytes(held.num_bytes)))
     return table(("session", "tokens", "in pool", "blocks", "bytes"), rows)
 
 
@@ -213,46 +198,26 @@ def _packed(entries: Iterable[Line], columns: int) -> list[Line]:
     return rows
 
 
-def reply_stats_line(stats: ReplyStats) -> str:
-    """How the last reply was made."""
-    parts = [
-        f"prompt {stats.num_prompt_tokens:,} tokens",
-        f"{stats.num_cached_tokens:,} in the pool already",
-        f"{stats.num_recomputed_tokens:,} recomputed",
-        f"reply {stats.num_generated_tokens:,}",
-    ]
-    if stats.ttft_s is not None:
-        parts.append(f"first token after {stats.ttft_s:.2f} s")
-    if stats.tokens_per_s is not None:
-        parts.append(f"{stats.tokens_per_s:.1f} tok/s")
-    return ", ".join([*parts, f"ended by {stats.finish_reason}"])
-
-
-def option_lines(options: Mapping[str, Value]) -> list[Line]:
-    """/show params."""
-    return [[("", f"{name} = {value}")] for name, value in options.items()]
-
-
 def stats_lines(reply: ReplyStats | None, stats: EngineStats) -> list[Line]:
     """/stats: how the last reply was made, and what the engine did since the start."""
-    rows = [
-        ("requests", f"{stats.num_running} running, {stats.num_waiting} waiting"),
-        (
-            "blocks",
-            f"{stats.num_blocks_used:,} used, {stats.num_blocks_cached:,} cached, "
-            f"{stats.num_blocks_free:,} free of {stats.num_blocks:,}",
-        ),
-        (
-            "tokens",
-            f"{stats.num_scheduled_tokens:,} computed, {stats.num_cached_tokens:,} found in the "
-            f"pool, {stats.num_generated_tokens:,} generated",
-        ),
-        ("steps", f"{stats.num_steps:,}, mean decode batch {stats.mean_decode_batch:.2f}"),
-        (
-            "pressure",
-            f"{stats.num_preemptions:,} preemptions, {stats.num_drops:,} idle chats dropped, "
-            f"{stats.num_evictions:,} evictions, {stats.num_copies:,} copies on write",
-        ),
-    ]
-    lines = [[("", f"{name:<10}{text}")] for name, text in rows]
-    return [[("", f"{'reply':<10}{reply_stats_line(reply)}")], *lines] if reply else lines
+    rows = {
+        "requests": f"{stats.num_running} running, {stats.num_waiting} waiting",
+        "blocks": f"{stats.num_blocks_used:,} used, {stats.num_blocks_cached:,} cached, "
+        f"{stats.num_blocks_free:,} free of {stats.num_blocks:,}",
+        "tokens": f"{stats.num_scheduled_tokens:,} computed, {stats.num_cached_tokens:,} found in "
+        f"the pool, {stats.num_generated_tokens:,} generated",
+        "steps": f"{stats.num_steps:,}, mean decode batch {stats.mean_decode_batch:.2f}",
+        "pressure": f"{stats.num_preemptions:,} preemptions, {stats.num_drops:,} idle chats "
+        f"dropped, {stats.num_evictions:,} evictions, {stats.num_copies:,} copies on write",
+    }
+    if reply:
+        rows["prompt"] = (
+            f"{reply.num_prompt_tokens:,} tokens, {reply.num_cached_tokens:,} found in the pool, "
+            f"{reply.num_recomputed_tokens:,} recomputed"
+        )
+        rows["reply"] = f"{reply.num_generated_tokens:,} tokens, ended by {reply.finish_reason}"
+        if reply.ttft_s is not None:
+            rows["reply"] += f", first after {reply.ttft_s:.2f} s"
+        if reply.tokens_per_s is not None:
+            rows["reply"] += f", {reply.tokens_per_s:.1f} tok/s"
+    return [[("", f"{name:<10}{text}")] for name, text in rows.items()]
