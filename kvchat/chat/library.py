@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import count
 from queue import Empty, SimpleQueue
 
-from kvchat.chat.session import ChatDefaults, ChatEngine, Desk, Session
+from kvchat.chat.job import ChatDefaults, ChatEngine, Desk
+from kvchat.chat.session import Session
 from kvchat.chat.template import ChatFormat
 from kvchat.chat.tokenizer import Tokenizer
 from kvchat.engine.request import Event

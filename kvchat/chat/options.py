@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from kvchat.config import SamplingParams
 from kvchat.errors import ModelError, UsageError, quoted
 
+MAX_SEED = 1 << 32
+
 Value = float | int | bool | None | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: the SamplingParams field it sets and how its text is read."""
+    """One setting: the SamplingParams field it sets, how its text is read (ValueError: it cannot
+    be), the values it may have, and what to say about them."""
 
     field: str
     parse: Callable[[str], Value]
-    hint: str  # what values there are, for messages and help
+    hint: str
+    low: float = float("-inf")
+    high: float = 1 << 31
 
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
+    def read(self, text: str) -> Value:
+        """The value that `text` means. Raises ValueError."""
+        value = self.parse(text.strip())
+        if isinstance(value, int | float) and not self.low <= value <= self.high:
             raise ValueError
         return value
-
-    return parse
-
-
-def _count(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value < 1 << 31:
-            raise ValueError
-        return value
-
-    return parse
 
 
 def parse_switch(text: str) -> bool:
-    """on or off, in the usual words."""
+    """on or off, in the usual words. Raises ValueError."""
     words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
     if text.lower() not in words:
         raise ValueError
@@ -50,11 +43,11 @@ def parse_switch(text: str) -> bool:
 
 
 def _max_tokens(text: str) -> int | None:
-    return None if text == "-1" else _count(1)(text)
+    return None if text == "-1" else int(text)
 
 
 def _stop(text: str) -> tuple[str, ...]:
-    """One string, or a JSON list of strings; empty clears. JSON escapes (\\n) are understood."""
+    """One string, or a JSON list of strings; escapes such as \\n are understood, empty clears."""
     if not text.startswith(("[", '"')):
         text = '"' + text.replace('"', '\\"') + '"'
     value = json.loads(text)
@@ -64,29 +57,26 @@ def _stop(text: str) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
-# What generation_config.json may say that is about sampling.
-_GENERATION_FIELDS = frozenset(
-    ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-)
-
 OPTIONS = {
-    "temp": Option("temperature", _number(0, 100), "0 (greedy) to 100"),
-    "top_k": Option("top_k", _count(0), "a count, 0 is off"),
-    "top_p": Option("top_p", _number(0, 1), "0 to 1, 1 is off"),
-    "min_p": Option("min_p", _number(0, 1), "0 to 1, 0 is off"),
-    "typical_p": Option("typical_p", _number(0, 1), "0 to 1, 1 is off"),
-    "repeat_penalty": Option("repetition_penalty", _number(0.01, 100), "1 is off"),
-    "frequency_penalty": Option("frequency_penalty", _number(-100, 100), "0 is off"),
-    "presence_penalty": Option("presence_penalty", _number(-100, 100), "0 is off"),
-    "repeat_last_n": Option("penalty_last_n", _count(-1), "tokens, 0 is off, -1 the context"),
-    "dry_multiplier": Option("dry_multiplier", _number(0, 100), "0 is off"),
-    "dry_base": Option("dry_base", _number(1, 100), "1 to 100"),
-    "dry_allowed_length": Option("dry_allowed_length", _count(1), "tokens"),
-    "dry_penalty_last_n": Option("dry_last_n", _count(-1), "tokens, 0 is off, -1 the context"),
-    "n": Option("max_tokens", _max_tokens, "tokens a reply may have, -1 is no limit"),
+    "temp": Option("temperature", float, "0 (greedy) to 100", 0, 100),
+    "top_k": Option("top_k", int, "a count, 0 is off", 0),
+    "top_p": Option("top_p", float, "0 to 1, 1 is off", 0, 1),
+    "min_p": Option("min_p", float, "0 to 1, 0 is off", 0, 1),
+    "typical_p": Option("typical_p", float, "0 to 1, 1 is off", 0, 1),
+    "repeat_penalty": Option("repetition_penalty", float, "1 is off", 0.01, 100),
+    "frequency_penalty": Option("frequency_penalty", float, "0 is off", -100, 100),
+    "presence_penalty": Option("presence_penalty", float, "0 is off", -100, 100),
+    "repeat_last_n": Option("penalty_last_n", int, "tokens, 0 is off, -1 the context", -1),
+    "dry_multiplier": Option("dry_multiplier", float, "0 is off", 0, 100),
+    "dry_base": Option("dry_base", float, "1 to 100", 1, 100),
+    "dry_allowed_length": Option("dry_allowed_length", int, "tokens", 1),
+    "dry_penalty_last_n": Option("dry_last_n", int, "tokens, 0 is off, -1 the context", -1),
+    "n": Option("max_tokens", _max_tokens, "tokens a reply may have, -1 is no limit", 1),
     "stop": Option("stop", _stop, 'text that ends a reply, or a list: ["a", "b"]'),
     "ignore_eos": Option("ignore_eos", parse_switch, "on or off"),
 }
+# What generation_config.json may say that is about sampling.
+_GENERATION_NAMES = ("temp", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty")
 
 
 def set_sampling(sampling: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -97,10 +87,9 @@ def set_sampling(sampling: SamplingParams, name: str, text: str) -> SamplingPara
             f'no option is called "{quoted(name)}"; there are {", ".join(OPTIONS)}, seed and think'
         )
     try:
-        value = option.parse(text.strip())
+        changes = {option.field: option.read(text)}
     except ValueError:
         raise UsageError(f'{name} cannot be "{quoted(text)}": {option.hint}') from None
-    changes: dict[str, Value] = {option.field: value}
     return replace(sampling, **changes)  # type: ignore[arg-type]
 
 
@@ -113,16 +102,28 @@ def generation_defaults(config: Mapping[str, object]) -> dict[str, object]:
     """What generation_config.json says about sampling, by SamplingParams' names. Raises ModelError
     for a value no one can mean."""
     found: dict[str, object] = {}
-    for option in OPTIONS.values():
+    for option in (OPTIONS[name] for name in _GENERATION_NAMES):
         value = config.get(option.field)
-        if option.field in _GENERATION_FIELDS and isinstance(value, int | float):
+        if isinstance(value, int | float):
             try:
-                found[option.field] = option.parse(f"{value:g}")
+                found[option.field] = option.read(f"{value:g}")
             except ValueError:
                 raise ModelError(
-                    f"generation_config.json: {option.field} = {value} is not allowed "
-                    f"({option.hint})"
+                    f"generation_config.json: {option.field} = {value} is not allowed: "
+                    f"{option.hint}"
                 ) from None
-    if config.get("do_sample") is False:
-        found["temperature"] = 0.0
-    return found
+    return found | ({"temperature": 0.0} if config.get("do_sample") is False else {})
+
+
+def read_seed(text: str) -> int:
+    """A seed, or -1 for a new random one, as in llama.cpp. Raises UsageError."""
+    if text.strip() == "-1":
+        return random_seed()
+    if not text.strip().isdecimal() or int(text) >= MAX_SEED:
+        raise UsageError(f"seed must be 0 to {MAX_SEED - 1}, or -1 for a random one")
+    return int(text)
+
+
+def random_seed() -> int:
+    """A seed nobody chose."""
+    return secrets.randbelow(MAX_SEED)

@@ -35,7 +35,7 @@ def generated_spans(tokenizer: Tokenizer, ids: Sequence[int], at_start: bool) ->
     def end_run() -> None:
         if run:
             text = tokenizer.decode(run, at_start)
-            spans.append(Span(Piece(text, at_start=at_start and tokenizer.has_prefix), tuple(run)))
+            spans.append(Span(Piece(text, at_start=at_start), tuple(run)))
             run.clear()
 
     for token_id in ids:
@@ -93,3 +93,15 @@ def _cut_span(tokenizer: Tokenizer, span: Span, new: str) -> Span:
             num_ids, num_agreed = index + 1, len(text)
     piece = Piece(span.piece.text[:num_agreed], at_start=span.piece.at_start)
     return Span(piece, span.ids[:num_ids])
+
+
+def num_tokens_before(spans: Sequence[Span], text: str) -> int:
+    """Tokens of the spans that end before the last place where `text` is."""
+    start = "".join(span.piece.text for span in spans).rfind(text.strip())
+    num_tokens = num_chars = 0
+    for span in spans:
+        num_chars += len(span.piece.text)
+        if num_chars > start:
+            break
+        num_tokens += len(span.ids)
+    return num_tokens

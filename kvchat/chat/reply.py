@@ -37,19 +37,27 @@ class ReplyStyle:
 
 
 class Reply:
-    """Reads one reply. `text` is all it said up to a stop string; see `content`, `reasoning`."""
+    """Reads one reply; `content` and `reasoning` grow with it."""
 
     def __init__(self, decoder: StreamDecoder, style: ReplyStyle) -> None:
         self.ids: list[int] = []
-        self.text = ""
-        self.reasoning = ""
-        self.content = ""
         self.is_stopped = False  # a stop string was met: the rest is not wanted
+        self._parts: dict[ChunkKind, list[str]] = {"answer": [], "reasoning": []}
         self._decoder = decoder
         self._style = style
         self._stop_held = ""
         self._state = "reasoning" if style.is_thinking else "lead" if style.can_think else "answer"
         self._think_held = ""
+
+    @property
+    def content(self) -> str:
+        """The answer so far."""
+        return "".join(self._parts["answer"])
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts so far."""
+        return "".join(self._parts["reasoning"])
 
     def feed(self, ids: Sequence[int]) -> list[Chunk]:
         """The chunks these ids complete; nothing after a stop string."""
@@ -84,7 +92,6 @@ class Reply:
 
     def _think(self, text: str, is_last: bool) -> list[Chunk]:
         """`text` parted into reasoning and answer, less what may become a tag."""
-        self.text += text
         text = self._think_held + text
         self._think_held = ""
         chunks: list[Chunk] = []
@@ -110,16 +117,16 @@ class Reply:
 
     def _add(self, kind: Literal["answer", "reasoning"], text: str) -> list[Chunk]:
         """Keep `text` and say what of it is shown: no white space before reasoning or answer."""
-        said = self.reasoning if kind == "reasoning" else self.content
-        if kind == "reasoning" or self.reasoning:  # the template puts line breaks there itself
-            text = text if said else text.lstrip("\n")
-        if kind == "reasoning":
-            self.reasoning += text
-        else:
-            self.content += text
-        is_lead = not said.strip() and not (kind == "answer" and self._style.shows_lead)
-        shown = text.lstrip() if is_lead else text
-        return [Chunk(kind, shown)] if shown else []
+        parts = self._parts[kind]
+        if not parts and (kind == "reasoning" or self._parts["reasoning"]):
+            text = text.lstrip("\n")  # line breaks that the template puts there itself
+        if not text:
+            return []
+        is_lead = all(part.isspace() for part in parts)
+        parts.append(text)
+        if is_lead and not (kind == "answer" and self._style.shows_lead):
+            text = text.lstrip()
+        return [Chunk(kind, text)] if text else []
 
 
 def _overlap(text: str, words: Sequence[str]) -> int:

@@ -63,20 +63,8 @@ def _compile(template: str) -> Template:
     def raise_exception(message: str) -> str:
         raise TemplateError(message)
 
-    def to_json(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+    def to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # type: ignore[arg-type]
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -101,9 +89,6 @@ def _bound_process() -> None:
 
 def main() -> None:
     """Serve requests from stdin until it is closed."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the chat, not for its template
     for line in sys.stdin:
         _bound_process()
         request = json.loads(line)

@@ -94,7 +94,7 @@ class ChatFormat:
         bos = self.tokenizer.bos if self._is_builtin else None
         if bos is not None:
             pieces.append(Piece(bos.text, bos))
-        at_start = self.tokenizer.has_prefix
+        at_start = True
         for part in text.split(joint):
             pieces += self.tokenizer.split(part, at_start)
             is_marker_last = bool(pieces) and pieces[-1].marker is not None

@@ -11,6 +11,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kvchat.chat.vocabulary import (
     JsonVocabulary,
@@ -45,6 +46,8 @@ class Tokenizer:
         adds_bos: bool,
     ) -> None:
         self._vocabulary = vocabulary
+        self.has_inner_prefix = vocabulary.has_inner_prefix  # text after a marker is at a start
+        self.has_prefix = vocabulary.has_prefix  # text at a start gets a space
         self.markers = {m.text: m for m in markers if m.is_structural}
         self.special = dict(special)
         self.warnings: list[str] = []
@@ -54,16 +57,6 @@ class Tokenizer:
         self._pattern = _marker_pattern(self.markers.values())
         bos = self.markers.get(self.special.get("bos_token", ""))
         self.bos = bos if adds_bos else None  # what the library puts before a text
-
-    @property
-    def has_inner_prefix(self) -> bool:
-        """Plain text right after a marker gets the library's leading space."""
-        return self._vocabulary.has_inner_prefix
-
-    @property
-    def has_prefix(self) -> bool:
-        """Text at the very start gets the library's leading space."""
-        return self._vocabulary.has_prefix
 
     def marker(self, token_id: int) -> Marker | None:
         """The marker an id stands for; None for the ids of plain text."""
@@ -78,19 +71,14 @@ class Tokenizer:
         ids = self._vocabulary.encode(text, at_start)
         if self._forbidden.isdisjoint(ids):
             return ids
-        # Library-made markers: exact ones are cut after their first character, those that appear
-        # only once the text is normalised are found by halving.
-        cuts = [found.end() - 1 for found in self._pattern.finditer(text)] or [len(text) // 2]
         if len(text) < 2:
             return [] if self._vocabulary.unk_id is None else [self._vocabulary.unk_id]
-        ends = [*cuts, len(text)]
-        parts = [text[start:end] for start, end in zip([0, *cuts], ends, strict=True)]
-        return [
-            token_id
-            for index, part in enumerate(parts)
-            if part
-            for token_id in self.encode(part, at_start and index == 0)
-        ]
+        # The library made a marker. Those in the text are cut before their last character, those
+        # that appear only once the text is normalised are found by halving.
+        cuts = [found.end() - 1 for found in self._pattern.finditer(text)] or [len(text) // 2]
+        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        encoded = [self.encode(p, at_start and i == 0) for i, p in enumerate(parts) if p]
+        return [token_id for ids in encoded for token_id in ids]
 
     def split(self, text: str, at_start: bool) -> list[Piece]:
         """A template's text as markers and the plain text between them."""
@@ -137,15 +125,13 @@ class StreamDecoder:
         marker = self._tokenizer.marker(token_id)
         if marker is not None:
             self._drops_space = self._tokenizer.has_inner_prefix
-            return self.flush() + (marker.text if self._shows(marker) else "")
-        piece = self._tokenizer.token_bytes(token_id)
-        if self._drops_space and piece:
-            piece = piece.removeprefix(b" ")
+            is_shown = self._shows_hidden or not marker.is_hidden
+            return self.flush() + (marker.text if is_shown else "")
+        data = self._tokenizer.token_bytes(token_id)
+        if self._drops_space and data:
+            data = data.removeprefix(b" ")
             self._drops_space = False
-        return self._utf8.decode(piece)
-
-    def _shows(self, marker: Marker) -> bool:
-        return self._shows_hidden or not marker.is_hidden
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """What is held back, as U+FFFD: nothing can complete it any more."""
@@ -156,12 +142,10 @@ class StreamDecoder:
 
 def _marker_pattern(markers: Iterable[Marker]) -> re.Pattern[str]:
     """Finds markers in a template's text, the longest first, as the libraries do."""
-    forms = []
-    for marker in sorted(markers, key=lambda m: len(m.text), reverse=True):
-        form = re.escape(marker.text)
-        if marker.is_whole_word:
-            form = rf"(?<!\w){form}(?!\w)"
-        forms.append(r"\s*" * marker.has_lstrip + form + r"\s*" * marker.has_rstrip)
+    forms = [
+        r"\s*" * marker.has_lstrip + re.escape(marker.text) + r"\s*" * marker.has_rstrip
+        for marker in sorted(markers, key=lambda m: len(m.text), reverse=True)
+    ]
     return re.compile("|".join(forms) or r"(?!)")
 
 
@@ -188,17 +172,13 @@ def load_tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
             f"tokenizer: {tokenizer.num_ids:,} pieces, embeddings have {vocab_size:,} rows; "
             "it belongs to another model"
         )
-    disagreement = _disagreement(source, vocabulary, wrong)
-    if disagreement:
-        tokenizer.warnings.append(disagreement)
+    tokenizer.warnings += _disagreements(source, vocabulary, wrong)
     return tokenizer
 
 
 def _load_vocabulary(source: ModelSource) -> Vocabulary:
-    for name, data in (
-        ("tokenizer.json", source.tokenizer_json),
-        ("tokenizer.model", source.tokenizer_model),
-    ):
+    files = {"tokenizer.json": source.tokenizer_json, "tokenizer.model": source.tokenizer_model}
+    for name, data in files.items():
         if data is not None and len(data) > MAX_TOKENIZER_BYTES:
             raise ModelError(f"{name} refused: {len(data) >> 20} MB, the limit is 64 MB")
     if source.tokenizer_json is not None:
@@ -215,11 +195,10 @@ def _load_vocabulary(source: ModelSource) -> Vocabulary:
 def _configured_markers(config: Mapping[str, object]) -> list[Marker]:
     """tokenizer_config.json's added_tokens_decoder: id -> token."""
     table = config.get("added_tokens_decoder")
-    if not isinstance(table, Mapping):
-        return []
+    items = table.items() if isinstance(table, Mapping) else ()
     return [
-        json_marker({**token, "id": int(key)})
-        for key, token in table.items()
+        json_marker({"content": None, **token, "id": int(key)})
+        for key, token in items
         if isinstance(token, Mapping) and str(key).isdecimal()
     ]
 
@@ -235,17 +214,15 @@ def _special_texts(config: Mapping[str, object]) -> dict[str, str]:
     return texts
 
 
-def _disagreement(source: ModelSource, vocabulary: Vocabulary, wrong: list[Marker]) -> str:
-    """One line when the tokenizer files name ids differently, else ""."""
+def _disagreements(source: ModelSource, vocabulary: Vocabulary, wrong: list[Marker]) -> list[str]:
+    """One line when the tokenizer files name ids differently."""
     differing = [(m.token_id, m.text) for m in wrong]
     if source.tokenizer_json is not None and source.tokenizer_model is not None:
         other = SentencePieceVocabulary(source.tokenizer_model, is_legacy=True)
         pieces = ((i, other.piece(i)) for i in range(other.num_ids))
         differing += [(i, p or "") for i, p in pieces if vocabulary.piece(i) != p]
-    if not differing:
-        return ""
-    token_id, text = differing[0]
-    return (
+    return [
         f"tokenizer files disagree on {len(differing)} ids (first: {token_id} is "
         f'"{quoted(text)}" or "{quoted(vocabulary.piece(token_id) or "")}"); tokenizer.json is used'
-    )
+        for token_id, text in differing[:1]
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvchat.chat.messages import Message
 from kvchat.chat.prompt import Span
@@ -60,25 +60,15 @@ class Turn:
         self.children.append(child)
         self.last_child = child
 
-    def copy_path(self, branch: int) -> Turn:
-        """A tree of this path alone, its end being on `branch`."""
-        copy = Turn()
+    def copy_path(self, branch: int) -> tuple[Turn, Turn]:
+        """Root and end of a tree of this path alone, the end being on `branch`."""
+        root = leaf = Turn()
         for turn in self.path():
-            child = Turn(
-                copy,
-                turn.user,
-                turn.branch,
-                turn.content,
-                turn.reasoning,
-                turn.finish_reason,
-                turn.num_kept,
-                turn.spans,
-                turn.num_tokens,
-            )
-            copy.add_child(child)
-            copy = child
-        copy.branch = branch
-        return copy
+            copy = replace(turn, parent=leaf, children=[], last_child=None)
+            leaf.add_child(copy)
+            leaf = copy
+        leaf.branch = branch
+        return root, leaf
 
 
 @dataclass(frozen=True, slots=True)

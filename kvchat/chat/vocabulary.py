@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvchat.errors import ModelError, quoted
 
@@ -17,8 +16,9 @@ SPACE = "▁"  # how sentencepiece writes a space inside a piece
 # A second normalizer_spec, merged over the first by protobuf's rules: add_dummy_prefix = false.
 _NO_PREFIX_PATCH = b"\x1a\x02\x18\x00"
 _USER_DEFINED = b"\x18\x04"  # how a piece of that type ends: field 3 (type) = 4
-
-JsonDict = dict[str, object]
+_DECODERS = frozenset(
+    ("Sequence", "ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +30,11 @@ class Marker:
     is_hidden: bool = True
     has_lstrip: bool = False  # swallows the white space before it, as the library does
     has_rstrip: bool = False
-    is_whole_word: bool = False
 
     @property
     def is_structural(self) -> bool:
         """Runs of white space and single characters are text to everyone."""
         return len(self.text) > 1 and not self.text.isspace()
-
-
-class Vocabulary(Protocol):
-    """A tokenizer file as text and ids. `encode` knows no marker where the library allows that."""
-
-    num_ids: int  # the largest id + 1, markers included
-    unk_id: int | None
-    has_prefix: bool  # text at the very start gets a space
-    has_inner_prefix: bool  # and text after a marker gets one too
-    adds_bos: bool  # the library puts BOS before a text
-    markers: list[Marker]
-    special: dict[str, str]  # bos_token and eos_token, where the file itself names them
-
-    def encode(self, text: str, at_start: bool) -> list[int]:
-        """The library's ids of `text`; with the leading space only if `at_start`."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text, as UTF-8 that may begin or end inside a character."""
-
-    def piece(self, token_id: int) -> str | None:
-        """The library's name of an id; None when it has none."""
 
 
 class SentencePieceVocabulary:
@@ -68,13 +46,13 @@ class SentencePieceVocabulary:
         try:
             self._model = SentencePieceProcessor(model_proto=serialized)
             self._inner = SentencePieceProcessor(model_proto=serialized + _NO_PREFIX_PATCH)
-            self.num_ids: int = self._model.vocab_size()
+            self.num_ids: int = self._model.vocab_size()  # markers included
             self._pieces: list[str] = [self._model.id_to_piece(i) for i in range(self.num_ids)]
             self.has_prefix: bool = self._model.encode("a") != self._inner.encode("a")
         except (RuntimeError, ValueError, TypeError) as error:
             raise ModelError(f"tokenizer.model refused: {quoted(str(error))}") from None
+        self.has_inner_prefix = self.has_prefix and is_legacy  # text after a marker gets a space
         self.unk_id: int | None = self._model.unk_id()
-        self.has_inner_prefix = self.has_prefix and is_legacy
         self.adds_bos: bool = self._model.bos_id() >= 0
         self.markers = list(self._find_markers(serialized))
         named = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
@@ -87,16 +65,19 @@ class SentencePieceVocabulary:
                 yield Marker(self._pieces[token_id], token_id, is_hidden=is_control)
 
     def encode(self, text: str, at_start: bool) -> list[int]:
+        """The library's ids of `text`; with the leading space only if `at_start`."""
         ids: list[int] = (self._model if at_start else self._inner).encode(text)
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, as UTF-8 that may begin or end inside a character."""
         piece = self.piece(token_id) or ""
         if piece and self._model.is_byte(token_id):
             return bytes([int(piece[3:-1], 16)])
         return piece.replace(SPACE, " ").encode()
 
     def piece(self, token_id: int) -> str | None:
+        """The library's name of an id; None when it has none."""
         return self._pieces[token_id] if token_id < self.num_ids else None
 
 
@@ -108,28 +89,24 @@ def _piece_records(serialized: bytes) -> Iterator[bytes]:
     position = 0
     while position < len(serialized):
         key, position = _read_varint(serialized, position)
-        if key & 7 != 2:  # the message's own fields are all length-delimited
-            return
-        size, position = _read_varint(serialized, position)
+        size, position = _read_varint(serialized, position)  # all its fields are length-delimited
         if key >> 3 == 1:
             yield serialized[position : position + size]
         position += size
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A protobuf number and where it ends."""
     value = shift = 0
-    while position < len(data):
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            break
-        shift += 7
-    return value, position
+    while data[position] > 127:
+        value |= (data[position] & 127) << shift
+        position, shift = position + 1, shift + 7
+    return value | data[position] << shift, position + 1
 
 
 class JsonVocabulary:
-    """tokenizer.json. Its added tokens are all made special, so that `encode` can leave them be."""
+    """tokenizer.json, with the same face. Its added tokens are all made special, so that `encode`
+    can leave them be."""
 
     def __init__(self, serialized: bytes) -> None:
         from tokenizers import Tokenizer
@@ -158,8 +135,8 @@ class JsonVocabulary:
         self._bytes_of = _byte_level_alphabet() if "ByteLevel" in kinds else {}
         self._has_byte_pieces = "ByteFallback" in kinds
         self.num_ids = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        unk = spec["model"].get("unk_token")
-        self.unk_id: int | None = self._model.token_to_id(unk) if isinstance(unk, str) else None
+        unk, unk_id = spec["model"].get("unk_token"), spec["model"].get("unk_id")
+        self.unk_id: int | None = self._model.token_to_id(unk) if unk else unk_id
         self.adds_bos = bool(self._model.encode("", add_special_tokens=True).ids)
         self.special: dict[str, str] = {}
 
@@ -182,29 +159,18 @@ class JsonVocabulary:
         return piece
 
 
+Vocabulary = SentencePieceVocabulary | JsonVocabulary
+
+
 def json_marker(token: Mapping[str, object]) -> Marker:
-    """One entry of added_tokens (or of added_tokens_decoder, with its id put in)."""
+    """One entry of added_tokens, or of added_tokens_decoder with its id put in."""
     text, token_id = token["content"], token["id"]
     if not isinstance(text, str) or not isinstance(token_id, int) or not 0 <= token_id < 1 << 24:
-        raise ModelError(f"tokenizer.json refused: added token {quoted(repr(token))}")
-    flags = [bool(token.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")]
-    return Marker(text, token_id, *flags)
+        raise ModelError(f"tokenizer refused: added token {quoted(repr(token))}")
+    return Marker(text, token_id, *(bool(token.get(n)) for n in ("special", "lstrip", "rstrip")))
 
 
-def _decoder_kinds(spec: JsonDict) -> set[str]:
-    """The types named in the decoder; refused when tokens are not plain pieces of the text."""
-    kinds = {str(node.get("type")) for node in _nodes(spec.get("decoder"))}
-    unknown = kinds - {"Sequence", "ByteLevel", "Metaspace", "Replace", "ByteFallback"}
-    unknown -= {"Fuse", "Strip"}
-    if unknown or not kinds:
-        named = ", ".join(sorted(unknown)) or "none"
-        raise ModelError(
-            f"tokenizer.json refused: decoder {quoted(named)}; known are ByteLevel and Metaspace"
-        )
-    return kinds
-
-
-def _nodes(root: object) -> Iterator[JsonDict]:
+def _nodes(root: object) -> Iterator[dict[str, object]]:
     """Every step of a normalizer, pre-tokenizer or decoder, sequences taken apart."""
     if isinstance(root, dict):
         yield root
@@ -213,21 +179,31 @@ def _nodes(root: object) -> Iterator[JsonDict]:
                 yield from _nodes(child)
 
 
-def _take_prefix(spec: JsonDict) -> tuple[bool, bool]:
+def _decoder_kinds(spec: Mapping[str, object]) -> set[str]:
+    """The types named in the decoder; refused when tokens are not plain pieces of the text."""
+    kinds = {str(node.get("type")) for node in _nodes(spec.get("decoder"))}
+    if not kinds or kinds - _DECODERS:
+        named = quoted(", ".join(sorted(kinds - _DECODERS))) or "none"
+        raise ModelError(
+            f"tokenizer.json refused: decoder {named}; known are ByteLevel and Metaspace"
+        )
+    return kinds
+
+
+def _take_prefix(spec: Mapping[str, object]) -> tuple[bool, bool]:
     """Remove from `spec` what puts a space before a text; whether it did so at the very start, and
     after markers too."""
     has_prefix = has_inner = False
     for node in _nodes(spec.get("normalizer")):
         if node.get("type") == "Prepend":
-            # the library has no empty Prepend: a rule that never matches takes its place
+            # the library has no empty Prepend: a rule that changes nothing takes its place
             node.clear()
-            node.update(type="Replace", pattern={"String": "\x00\x00\x00"}, content="\x00\x00\x00")
+            node.update(type="Replace", pattern={"String": SPACE}, content=SPACE)
             has_prefix = has_inner = True
     for node in _nodes(spec.get("pre_tokenizer")):
         if node.get("type") == "Metaspace":
-            scheme = node.get("prepend_scheme") or (
-                "always" if node.get("add_prefix_space", True) else "never"
-            )
+            old_scheme = "always" if node.get("add_prefix_space", True) else "never"
+            scheme = node.get("prepend_scheme") or old_scheme
             node["prepend_scheme"], node["add_prefix_space"] = "never", False
             has_prefix |= scheme != "never"
             has_inner |= scheme == "always"

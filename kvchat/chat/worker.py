@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from kvchat.chat import sandbox
 from kvchat.chat.formats import BUILTIN_FORMATS
@@ -42,8 +41,9 @@ class TemplateWorker:
                 line = process.stdout.readline()
         finally:
             timer.cancel()
+            if not line:
+                self.close()
         if not line:
-            self.close()
             raise ModelError(
                 f"the model's chat template took more than {self._timeout_s:g} s or too much "
                 f"memory; choose a built-in one: --chat-format {'|'.join(BUILTIN_FORMATS)}"
@@ -58,9 +58,14 @@ class TemplateWorker:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
-            command = [sys.executable, "-P", str(Path(sandbox.__file__))]
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", sandbox.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the chat, not for its template
+            )
             self._end = weakref.finalize(self, _end_process, self._process)
         return self._process
 
