@@ -1,4 +1,4 @@
-"""A whole runtime over a tiny random model: sessions, sharing and pressure, as a person meets them."""
+"""A whole runtime over a tiny random model: sharing and pressure, as a person meets them."""
 
 import pytest
 from chat_driver import finish, say
