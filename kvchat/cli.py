@@ -222,6 +222,9 @@ def main() -> None:
     """The console script: streams, signals, and an exit code that a shell understands."""
     # Read when torch starts: its idle threads would spin against those of the attention kernels.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, _exit_on_signal)

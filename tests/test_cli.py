@@ -249,7 +249,18 @@ def test_replies_come_while_stdin_is_still_open(model):
         assert running.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("redirect", [">&-", "<&- 2>&-"])
+def test_closed_streams_are_no_accident(model, redirect):
+    command = f"exec {sys.executable} -m kvchat run {model} -p x -n 3 {redirect}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_it_with_the_shell_s_code(model, number, code):
     with _process("run", model, *GREEDY) as running:
         running.stdin.write(b"hello\n")

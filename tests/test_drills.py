@@ -115,7 +115,7 @@ def test_typing_goes_on_while_three_sessions_stream(arguments):
         terminal.types("typed while three stream")
         terminal.sees("> typed while three stream")
         terminal.types("\x15\x1b[200~pasted\nwhole\n\x1b[201~")
-        terminal.sees("[pasted 3 lines]")
+        terminal.sees("[pasted 2 lines]")
         terminal.types("\x03")
         terminal.sees("[stopped]")
         terminal.sees("2 working")
@@ -145,7 +145,7 @@ def test_a_line_without_a_break_is_repainted_ten_times_a_second_whatever_happens
             terminal.process.send_signal(signal.SIGCONT)
         terminal.types("still here")
         terminal.sees("> still here")
-        assert b"Traceback" not in terminal.raw, terminal.raw[terminal.raw.find(b"Traceback"):][:4000].decode()
+        assert b"Traceback" not in terminal.raw
 
 
 def _pictures_per_second(terminal):

@@ -285,7 +285,7 @@ def test_a_turn_of_several_lines(newline):
 def test_a_paste_is_kept_whole_and_never_sent_by_itself():
     async def script(person):
         await person.types("\x1b[200~one\r\ntwo\x1b[31m\x07\rthree\n\x1b[201~")
-        await person.sees("[pasted 4 lines]")
+        await person.sees("[pasted 3 lines]")
         assert not person.engine.requests
         assert person.repl.screen.buffer.text == "one\ntwo[31m\nthree\n"
         await person.says("!", "Three lines.")
@@ -567,8 +567,14 @@ def test_history_is_kept_for_its_owner_only(state):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_a_history_that_cannot_be_kept_is_one_warning(state):
-    (state / "state").write_text("a file where a folder should be")
+@pytest.mark.parametrize("kind", ["file for folder", "fifo", "link"])
+def test_a_history_that_cannot_be_kept_is_one_warning(state, kind):
+    if kind == "file for folder":
+        (state / "state").write_text("")
+    else:
+        paths.state_dir().mkdir(parents=True)
+        path = paths.state_dir() / "history"
+        os.mkfifo(path) if kind == "fifo" else path.symlink_to(state / "elsewhere")
 
     async def script(person):
         await person.says("hello", "Hi!")

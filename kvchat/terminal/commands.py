@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MAX_ARMS = 64
 KEYS = """
-Enter sends    Alt-Enter, Ctrl-J or \\ at the end: a new line    //text sends a leading slash
-Ctrl-C stops the reply    Ctrl-D leaves    Alt-1..9 switch    Ctrl-L clears the screen"""
+Enter sends; Alt-Enter, Ctrl-J or \\ at the end breaks the line; //x sends /x
+Ctrl-C stops the reply; Ctrl-D leaves; Alt-1..9 switch; Ctrl-L clears the screen"""
 
 COMMANDS = Registry()
 command = COMMANDS.command
@@ -101,7 +101,7 @@ def edit(repl: Repl, argument: str) -> None:
     repl.screen.buffer.cursor_position = len(asked[-1])
 
 
-@command("/stop [all]", "stop the reply here, or all, and keep what was said", ("all",))
+@command("/stop [all]", "stop the reply, or all of them, and keep them", ("all",))
 def stop(repl: Repl, argument: str) -> None:
     stopped = []
     for session in repl.library.sessions if argument == "all" else [repl.session]:
@@ -119,7 +119,7 @@ def send_all(repl: Repl, argument: str) -> None:
         repl.show.lines(views.user_lines(argument))
 
 
-@command("/fan N [NAME=V1,V2,...] TEXT", "send a turn to N forks, each with its own options")
+@command("/fan N [NAME=V,...] TEXT", "send a turn to N forks, each with its own options")
 def fan(repl: Repl, argument: str) -> None:
     count, _, rest = argument.partition(" ")
     arms: list[dict[str, str]] = [{} for _ in range(_number(count, MAX_ARMS))]
@@ -175,7 +175,7 @@ def think(repl: Repl, argument: str) -> None:
     repl.say(f"think {argument}")
 
 
-@command("/show [prompt]", "the options; or what the model has seen, text and ids", ("prompt",))
+@command("/show [prompt]", "the options; or the text and ids the model has seen", ("prompt",))
 def show(repl: Repl, argument: str) -> None:
     if argument != "prompt":
         names = {"model": repl.runtime.model_name, "format": repl.runtime.chat_format}
@@ -202,7 +202,7 @@ def kv(repl: Repl, argument: str) -> None:
     repl.show.lines(views.kv_lines(repl.runtime))
 
 
-@command("/stats", "speed of the last reply, and of everything since the start")
+@command("/stats", "the last reply, and everything since the start")
 def stats(repl: Repl, argument: str) -> None:
     repl.show.lines(views.stats_lines(repl.session.last_reply, repl.runtime.engine.stats()))
 
@@ -210,7 +210,7 @@ def stats(repl: Repl, argument: str) -> None:
 # The rest
 
 
-@command("/copy [N]", "copy the last reply, or the one N replies back (by OSC 52)")
+@command("/copy [N]", "copy the last reply, or the Nth from the end")
 def copy(repl: Repl, argument: str) -> None:
     replies = [m.content for m in repl.session.messages if m.role == "assistant"]
     back = _number(argument or "1")

@@ -70,7 +70,7 @@ def _bind_editing(keys: KeyBindings, actions: Repl) -> None:
         """Insert a paste whole; it is never sent by itself."""
         text = clean_paste(event.data)
         event.current_buffer.insert_text(text)
-        actions.pasted(text.count("\n") + 1)
+        actions.pasted(len(text.splitlines()))
 
 
 def _bind_control(keys: KeyBindings, actions: Repl) -> None:

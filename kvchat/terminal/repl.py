@@ -142,7 +142,7 @@ class Repl:
         self._guard(self._interrupt)
 
     def _interrupt(self) -> None:
-        session, buffer = self.session, self.screen.buffer
+        session, buffer, self._hint = self.session, self.screen.buffer, ""
         if session.queued:
             dropped = "\n".join(session.queued)
             session.drop_queued()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +79,12 @@ def open_history() -> tuple[History, str]:
     path = folder / "history"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(path, flags, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        is_file = stat.S_ISREG(os.fstat(fd).st_mode)  # a FIFO would never end
         os.fchmod(fd, 0o600)
         os.close(fd)
+        if not is_file:
+            raise OSError(f"{path} is not a file")
         return _KeptHistory(str(path)), ""
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         return InMemoryHistory(), f"input history is not kept: {error}"
