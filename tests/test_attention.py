@@ -304,6 +304,17 @@ def test_a_bad_number_stays_in_its_own_sequence(name):
     assert out[1, :4].isfinite().all()  # the heads of the other kv head
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("part", [0, 1], ids=["K", "V"])
+def test_a_bad_number_does_not_leak_into_a_shorter_sequence_after_it(part, name):
+    world = World(Shape(num_kv_heads=1), [(1, 4), (1, 1), (2, 2), (1, 18)])
+    world.slot(world.tables[0], 2)[part, 0, 5] = float("nan")
+
+    out, _ = world.run(name)
+
+    assert out.isfinite().flatten(1).all(1).tolist() == [False, True, True, True, True]
+
+
 def test_a_warm_backend_compiles_nothing_more():
     world = World(Shape(dtype="bfloat16", window=24), mixed_lens(16))
     calls = []

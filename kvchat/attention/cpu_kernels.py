@@ -179,7 +179,7 @@ def attend_splits(
     """One query token against one run of positions, for the G heads that share a kv head."""
     num_kv_heads, block_size, dim = pool.shape[3], pool.shape[4], pool.shape[5]
     group = q.shape[1] // num_kv_heads
-    wide = np.zeros((block_size, dim), np.float32)  # a block's K, then its V
+    wide = np.empty((block_size, dim), np.float32)  # a block's K, then its V
     scores = np.empty((group, block_size), np.float32)
     query = np.empty((group, dim), np.float32)
     for unit in range(first, last):
@@ -207,11 +207,12 @@ def attend_splits(
 
 @_fast
 def _load(wide: Floats, tokens: Elements, num_tokens: int, kind: int) -> None:
-    """tokens: [T, D] of the pool; its first num_tokens rows as float32, the others keep their old
-    finite values (unwritten slots may hold NaN)."""
+    """tokens: [T, D] of the pool; its first num_tokens rows as float32, the others zero: an
+    unwritten slot, or another sequence's value in `wide`, may be NaN, and 0 * NaN is NaN."""
     for t in range(num_tokens):
         for d in range(wide.shape[1]):
             wide[t, d] = _widen(tokens[t, d], kind)
+    wide[num_tokens:] = float32(0)
 
 
 @_fast
@@ -309,9 +310,8 @@ def gather_blocks(
         for block_idx in range(table.size):
             is_last = block_idx == table.size - 1
             num_tokens = last_tokens if is_last else pool.shape[4]
-            wide = scratch[part, h, block_idx]
-            _load(wide, pool[table[block_idx], layer_idx, part, h], num_tokens, kind)
-            wide[num_tokens:] = float32(0)
+            block = pool[table[block_idx], layer_idx]
+            _load(scratch[part, h, block_idx], block[part, h], num_tokens, kind)
 
 
 def compile_kernels(kind: int, progress: Callable[[int, int], None]) -> None:
