@@ -31,7 +31,9 @@ def test_sizes_are_read_as_written(text, expected):
     assert planner.parse_size(text, total=10 * GIB) == expected
 
 
-@pytest.mark.parametrize("text", ["", "many", "-1", "0", "2 GiB left", "1..2G", "%", "7e"])
+@pytest.mark.parametrize(
+    "text", ["", "many", "-1", "0", "2 GiB left", "1..2G", "%", "7e", "1e999", "1e300T"]
+)
 def test_a_size_that_is_not_one_is_refused_with_an_example(text):
     with pytest.raises(UsageError, match="2GiB, 512MiB or 70%"):
         planner.parse_size(text, total=GIB)
@@ -62,3 +64,18 @@ def test_a_pool_too_small_for_one_chat_names_the_least_that_works():
 
 def test_available_memory_is_a_plausible_number():
     assert 2**26 < planner.available_memory() < 2**50
+
+
+def test_pages_of_files_read_in_a_cgroup_are_available_as_they_can_be_given_back(tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("900000\n")
+    stat = "anon 200000\nfile 690000\ninactive_file 400000\nactive_file 250000\nslab 10000\n"
+    (group / "memory.stat").write_text(stat)
+
+    assert planner.available_memory(tmp_path) == 1_000_000 - 900_000 + 650_000
+    (group / "memory.max").write_text("100000\n")
+    assert planner.available_memory(tmp_path) == 0
+    (group / "memory.max").write_text("max\n")
+    assert planner.available_memory(tmp_path) > 1_000_000

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 from kvchat.config import KVSpec
-from kvchat.errors import CapacityError, UsageError
+from kvchat.errors import CapacityError, UsageError, quoted
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _CPU_POOL_LIMIT = 4 * 2**30
 _CPU_POOL_SHARE = 0.40
 # A pool of fewer blocks could not hold one short chat beside the null block.
 _MIN_BLOCKS = 5
+_MAX_BYTES = 2**60
 
 
 def parse_size(text: str, total: int) -> int:
@@ -23,12 +24,13 @@ def parse_size(text: str, total: int) -> int:
         number = float(found.group(1)) if found else -1.0
     except ValueError:
         number = -1.0
-    if found is None or number <= 0:
-        raise UsageError(f"memory size {text!r} is not understood; write it as 2GiB, 512MiB or 70%")
-    unit = found.group(2)
-    if unit == "%":
-        return int(total * number / 100)
-    return int(number * _UNITS[unit.rstrip("ib")])
+    unit = found.group(2) if found else ""
+    num_bytes = number * (total / 100 if unit == "%" else _UNITS[unit.rstrip("ib")])
+    if not 0 < num_bytes < _MAX_BYTES:
+        raise UsageError(
+            f"memory size {quoted(text)} is not understood; write it as 2GiB, 512MiB or 70%"
+        )
+    return int(num_bytes)
 
 
 def format_size(num_bytes: float) -> str:
@@ -40,20 +42,25 @@ def format_size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
 
 
-def available_memory() -> int:
-    """Bytes of main memory this process may still take, a cgroup's limit included."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory this process may still take, a cgroup's limit included.
+
+    Pages of files count as available, as in MemAvailable: a model just read or fetched fills them.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
         available = kib * 1024
     except (OSError, StopIteration):  # macOS has no such file; half of all is a careful guess
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    group = root / "sys/fs/cgroup"
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return min(available, int(limit) - int(used))
-    except (OSError, ValueError):  # no cgroup, or "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        given_back = int(stat["inactive_file"]) + int(stat["active_file"])
+    except (OSError, ValueError, KeyError):  # no cgroup, or "max"
         return available
+    return max(0, min(available, limit - used + given_back))
 
 
 def plan_num_blocks(spec: KVSpec, kv_mem: str | None, available: int) -> int:
