@@ -247,6 +247,20 @@ def test_a_banned_token_is_never_drawn():
     assert 199 not in tokens and len(set(tokens)) > 100
 
 
+@pytest.mark.parametrize("bias", [math.inf, 1e39, 1e38])
+def test_a_token_of_endless_bias_is_always_drawn_and_harms_no_other_row(bias):
+    for sampling in (GREEDY, SamplingParams(), PLAIN):
+        logits = random_logits(2)
+        expected = Sampler().sample(logits.clone(), [draw(sampling)] * 2)
+        forced = dataclasses.replace(
+            sampling, logit_bias=((7, bias), (7, bias)), repetition_penalty=0.01
+        )
+
+        tokens = Sampler().sample(logits, [draw(forced, [7]), draw(sampling)])
+
+        assert tokens == [7, expected[1]]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_gives_no_token_and_harms_no_other(bad):
     for sampling in (GREEDY, SamplingParams(), PLAIN):

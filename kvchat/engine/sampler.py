@@ -30,6 +30,8 @@ from torch import Tensor
 from kvchat.config import SamplingParams
 
 NON_FINITE = -1  # in place of a token id: the row's logits held NaN or infinity
+# A bias above this counts as this: beyond any logit, and what the penalties make of it is finite.
+_MAX_BIAS = 1e30
 # A repeat longer than this counts as this long: its penalty is beyond any logit already.
 _MAX_DRY_MATCH = 64
 _MASK = (1 << 64) - 1
@@ -82,8 +84,9 @@ class Sampler:
         """Bias, penalties and DRY, in place. Ids outside the vocabulary are passed over."""
         sampling = draw.sampling
         if sampling.logit_bias:
-            bias = [(i, value) for i, value in sampling.logit_bias if 0 <= i < row.numel()]
-            ids, values = torch.tensor([i for i, _ in bias]).long(), [v for _, v in bias]
+            bias = [(i, v) for i, v in sampling.logit_bias if 0 <= i < row.numel()]
+            ids = torch.tensor([i for i, _ in bias], dtype=torch.int64)
+            values = [min(v, _MAX_BIAS) for _, v in bias]
             row.index_add_(0, ids.to(row.device), row.new_tensor(values))
         is_penalised = sampling.frequency_penalty or sampling.presence_penalty
         if is_penalised or sampling.repetition_penalty != 1:
