@@ -108,7 +108,7 @@ def build_engine(
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     cache = KVCache(spec, scheduler_config.num_blocks, device)
-    rope = build_rope(config, scheduler_config.max_model_len, device)
+    rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)
     runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
