@@ -298,6 +298,19 @@ def test_a_step_that_answers_for_too_few_rows_ends_its_requests():
     assert house.engine.step() is False
 
 
+def test_replies_that_ended_before_an_update_failed_are_told_all_the_same(monkeypatch):
+    house = House()
+    for request_id, num_tokens in ((1, 3), (2, 4)):
+        house.submit(request_id, text(num_tokens), max_tokens=1)
+    monkeypatch.setattr(house.pool, "seal", lambda *args: 1 // 0)  # the first fills no block
+
+    house.engine.step()
+
+    ends = [(e.request_id, e.token_ids, e.finish_reason) for e in house.drain()]
+    assert ends == [(1, tuple(continuation(text(3), 1)), "length"), (2, (), "error")]
+    assert house.engine.step() is False
+
+
 def test_an_error_of_the_scheduler_itself_ends_every_request_and_never_spins(monkeypatch):
     house = House()
     house.submit(1, text(9))

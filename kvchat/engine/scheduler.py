@@ -47,6 +47,7 @@ class Scheduler:
         self._num_running = 0  # of _requests, those with a sequence
         self._foreground: int | None = None
         self._launched: list[Batch] = []  # scheduled, not yet updated: two at most
+        self._untold: list[Event] = []  # of an update that is not done
 
     @property
     def has_requests(self) -> bool:
@@ -187,7 +188,7 @@ class Scheduler:
         num_sampled = sum(row.is_sampled for row in batch.rows)
         assert len(sampled) == num_sampled, f"{len(sampled)} tokens for {num_sampled} rows"
         del self._launched[0]
-        events = []
+        events = self._untold
         block_size = self.config.block_size
         sampled_ids = iter(sampled)
         for row in batch.rows:
@@ -207,6 +208,7 @@ class Scheduler:
             if token_id is not None:
                 events.append(self._accept(request, token_id))
         self._residents.settle()
+        self._untold = []
         return events
 
     def fail(self, batch: Batch | None, error: str) -> list[Event]:
@@ -218,7 +220,7 @@ class Scheduler:
         if batch in self._launched:
             self._launched.remove(batch)
         requests = [row.request for row in batch.rows] if batch else [*self._requests.values()]
-        events = []
+        events, self._untold = self._untold, []  # an update may have failed half way
         for request in requests:
             if request.finish_reason is None:
                 events.append(self._finish(request, "error", error))
