@@ -214,6 +214,14 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_is_known():
     assert shown == ["a", "b", "###c"]
 
 
+def test_what_only_looked_like_a_stop_string_is_said_at_the_end():
+    session, engine, library = chat(["ab##"])
+    session.set_option("stop", "###")
+
+    assert say(session, engine, library, "hi") == [Chunk("answer", "ab##")]
+    assert session.messages[-1].content == "ab##"
+
+
 def test_a_text_only_end_of_turn_stops_and_is_not_shown():
     tokenizer = load_tokenizer(text_source(tokenizer_json=tokenizer_json("prepend")), 9999)
     engine = ScriptedEngine(tokenizer)

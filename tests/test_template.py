@@ -1,10 +1,11 @@
 """Chat templates: renderings equal to transformers', roles that content cannot forge, bounds."""
 
+import sys
 import time
 
 import pytest
 from chat_templates import CHATML, LLAMA2, MISTRAL, QWEN3, TEMPLATES
-from scripted_engine import text_source
+from scripted_engine import scripted_tokenizer, text_source
 from text_models import JSON_KINDS, sentencepiece_model, tokenizer_json
 
 from kvchat.chat import sandbox
@@ -118,10 +119,8 @@ def test_a_base_models_prompt_is_bos_and_the_text():
     tokenizer = chat_format.tokenizer
 
     assert chat_format.is_plain
-    assert ids_of(chat_format, [Message("user", "Once </s>")]) == [
-        1,
-        *tokenizer.encode("Once </s>"),
-    ]
+    text = "Once upon a time,\n 😀"
+    assert ids_of(chat_format, [Message("user", text)]) == [1, *tokenizer.encode(text)]
 
 
 def test_ends_of_turns_come_from_the_template_and_the_models_files():
@@ -263,6 +262,26 @@ def test_a_marker_made_where_contents_meet_is_cut():
     assert all(piece.marker is None for piece in chat_format.pieces(messages))
 
 
+def test_text_that_marks_roles_is_known_word_by_word():
+    def lines(template):
+        chat_format = load("byte_level", template)
+        return {*chat_format.markers} - {*chat_format.tokenizer.markers}
+
+    assert lines(LLAMA2) == {"[INST] <<SYS>>", "[INST]", "<<SYS>>", "<</SYS>>", "[/INST]"}
+    assert lines(TEMPLATES["vicuna"]) == {"USER:", "ASSISTANT:"}
+    assert lines(TEMPLATES["zephyr"]) == {"<|system|>", "<|user|>", "<|assistant|>"}
+    assert lines(QWEN3) == set()
+
+
+def test_a_marker_that_overlaps_itself_is_cut_everywhere():
+    tokenizer = scripted_tokenizer(("abab", "<|im_end|>"))
+    chat_format = ChatFormat("plain", BUILTIN_FORMATS["plain"], tokenizer, sandbox.render)
+    pieces = chat_format.pieces([Message("user", "ababababab")])
+
+    assert "".join(piece.text for piece in pieces) == "ababababab"
+    assert all(piece.marker is None for piece in pieces)
+
+
 def test_templates_that_cut_content_at_a_marker_do_not_cut_typed_ones():
     chat_format = load("byte_level", QWEN3)
     said = "say </think> twice"
@@ -312,6 +331,11 @@ def test_templates_that_want_all_memory_do_not_get_it():
         "{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
     ):
         assert "template" in error_of(template)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system bounds no process's memory")
+def test_two_gigabytes_are_too_much_even_for_a_moment():
+    assert "MemoryError" in error_of("{{ ('x' * 2**31) | length }}")
 
 
 def test_templates_reach_nothing_outside():

@@ -17,6 +17,7 @@ CORPUS = [
     "日本語のテキスト 漢字 かな 中文 한국어",
     "emoji 😀 👩‍👩‍👧 🇩🇪 and e\u0301 combining",
     "def f(x):\n    return x + 1\n\ttab\r\n",
+    "<think> k> <think> k> </think> k> [TOOL] L] [TOOL] L]",
     "### Instruction: USER: ASSISTANT: ### Response:",
 ]
 
