@@ -49,7 +49,6 @@ class ModelConfig:
     has_mlp_bias: bool = False
     has_qk_norm: bool = False
     layer_windows: tuple[int, ...] = ()  # per layer: sliding window in tokens, 0 = full attention
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     checkpoint_dtype: str = "float32"
 

@@ -27,12 +27,8 @@ TIMEOUT_S = 5.0
 FACTS = EngineFacts(
     device="cpu",
     dtype="float32",
-    backend="cpu",
-    num_params=260_000,
-    weight_bytes=1_040_000,
     spec=KVSpec(5, 4, 8, 16, "float32"),
     scheduler=SchedulerConfig(num_blocks=65, block_size=16, max_model_len=512),
-    load_seconds=0.5,
 )
 
 

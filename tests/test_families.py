@@ -260,7 +260,7 @@ def test_16_bit_loads_hold_the_rounded_weights(name, dtype, tmp_path):
     decoder = load_decoder(source, config, dtype)
     found = logits_of(decoder)
 
-    assert config.checkpoint_dtype == dtype and decoder.dtype == torch_dtype
+    assert config.checkpoint_dtype == dtype and decoder.embedding.dtype == torch_dtype
     attention = model.model.layers[1].self_attn
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     assert torch.equal(decoder.layers[1].qkv.weight, torch.cat([p.weight for p in parts]))

@@ -13,9 +13,9 @@ from kvchat.model.families import parse_config, tensor_shapes
 from kvchat.model.source import resolve
 
 MEMORY_CHILD = """
-import re, sys, threading
+import math, re, sys, threading
 import torch
-from kvchat.model.families import parse_config
+from kvchat.model.families import parse_config, tensor_shapes
 from kvchat.model.source import resolve
 from kvchat.model.weights import load_decoder
 
@@ -36,7 +36,7 @@ watcher.start()
 decoder = load_decoder(source, config, sys.argv[2])
 is_loaded.set()
 watcher.join()
-print(max(peak, anonymous()) - before, decoder.num_params)
+print(max(peak, anonymous()) - before, sum(math.prod(shape) for shape in tensor_shapes(config).values()))
 """
 
 

@@ -15,7 +15,8 @@ from kvchat.engine.runner import Runner
 from kvchat.engine.sampler import Sampler
 from kvchat.kv.block_pool import BlockPool, CopyBlock
 from kvchat.kv.cache import KVCache
-from kvchat.model.decoder import random_decoder
+from kvchat.model.decoder import Decoder
+from kvchat.model.families import tensor_shapes
 
 CONFIG = ModelConfig(
     family="llama",
@@ -35,11 +36,26 @@ GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [(7 * i * i + 3) % 97 for i in range(37)]
 
 
+def random_decoder(dtype=torch.float32):
+    """The weights are noise, scaled so that activations and logits are like a model's."""
+    shapes = tensor_shapes(CONFIG)
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(name):
+        noise = torch.randn(shapes[name], generator=generator)
+        if name.endswith("norm.weight"):
+            return (1 + 0.1 * noise).to(dtype)
+        # sqrt of the input width keeps activations near 1; the factor 2 keeps logits apart
+        return (noise * 2 / math.sqrt(shapes[name][-1])).to(dtype)
+
+    return Decoder(CONFIG, lambda *names: torch.cat([draw(name) for name in names]))
+
+
 class Stack:
     """A random model over a small pool; `request` claims its slots."""
 
     def __init__(self, backend="cpu", dtype="float32"):
-        self.decoder = random_decoder(CONFIG, getattr(torch, dtype), seed=5)
+        self.decoder = random_decoder(getattr(torch, dtype))
         self.cache = KVCache(KVSpec(2, 2, 8, BLOCK_SIZE, dtype), NUM_BLOCKS)
         self.cache.blocks[1:] = math.nan
         self.backend = make_backend(backend, CONFIG, self.cache, build_rope(CONFIG, 256))
@@ -59,7 +75,7 @@ class Stack:
 
 def expected_greedy(token_ids, num_tokens):
     """The greedy reply by a full forward pass over one tensor of K and V for each token."""
-    decoder, token_ids, reply = random_decoder(CONFIG, torch.float32, seed=5), [*token_ids], []
+    decoder, token_ids, reply = random_decoder(), [*token_ids], []
     for _ in range(num_tokens):
         backend = DenseBackend(CONFIG)
         backend.plan(AttentionBatch([len(token_ids)], [len(token_ids)], [[1]]))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvchat.config import DTYPE_BYTES, KVSpec, ModelConfig, SchedulerConfig
+from kvchat.config import KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.engine import Engine
 from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
 from kvchat.errors import UsageError
 from kvchat.kv.block_pool import BlockPool
 from kvchat.kv.planner import available_memory, plan_num_blocks
-from kvchat.model.source import ModelSource
-
-# (what is going on, done, total): bytes while loading, kernels while compiling.
-Progress = Callable[[str, int, int], None]
+from kvchat.model.source import ModelSource, Progress
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,16 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What was decided, for the banner and the reports. Sizes in bytes, times in seconds."""
+    """What was decided, for the banner and the views."""
 
     device: str
     dtype: str
-    backend: str
-    num_params: int
-    weight_bytes: int
     spec: KVSpec
     scheduler: SchedulerConfig
-    load_seconds: float
 
     @property
     def pool_bytes(self) -> int:
-        """The whole pool, null block included."""
+        """The whole pool in bytes, null block included."""
         return self.scheduler.num_blocks * self.spec.bytes_per_block
 
     @property
@@ -88,7 +80,6 @@ def build_engine(
     from kvchat.kv.cache import KVCache
     from kvchat.model.weights import choose_dtype, load_decoder
 
-    started = time.perf_counter()
     device = choose_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -114,14 +105,4 @@ def build_engine(
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
     pool = BlockPool(scheduler_config.num_blocks, options.block_size, source.fingerprint)
     engine = Engine(Scheduler(scheduler_config, pool), runner, listener, spec.bytes_per_block)
-    facts = EngineFacts(
-        device=device,
-        dtype=dtype,
-        backend=options.backend,
-        num_params=decoder.num_params,
-        weight_bytes=decoder.num_params * DTYPE_BYTES[dtype],
-        spec=spec,
-        scheduler=scheduler_config,
-        load_seconds=time.perf_counter() - started,
-    )
-    return engine, facts
+    return engine, EngineFacts(device, dtype, spec, scheduler_config)

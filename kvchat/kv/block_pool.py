@@ -88,9 +88,7 @@ class Sequence:
 class PoolCounters:
     """Blocks counted since the start."""
 
-    num_allocations: int = 0  # taken from the free queue
-    num_evictions: int = 0  # of these, cached ones, which lost their key
-    num_hits: int = 0  # shared by alloc instead of computed
+    num_evictions: int = 0  # cached ones taken, which lost their key
     num_copies: int = 0  # copied because a tail was shared or sealed
 
 
@@ -160,7 +158,6 @@ class BlockPool:
             if not self._ref_counts[block_id]:
                 del self._cached[block_id]
             self._ref_counts[block_id] += 1
-        self.counters.num_hits += len(table)
         return Sequence(table, len(table) * self.block_size, len(table), prefix)
 
     def append(self, seq: Sequence, num_tokens: int) -> list[BlockOp] | None:
@@ -310,7 +307,6 @@ class BlockPool:
             self._forget(block_id)
             self.counters.num_evictions += 1
         self._ref_counts[block_id] = 1
-        self.counters.num_allocations += 1
         return block_id
 
     def _release(self, block_ids: list[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kvchat.attention import AttentionBackend
 from kvchat.config import ModelConfig
-from kvchat.model.families import has_bias, layer_name, tensor_shapes
+from kvchat.model.families import has_bias, layer_name
 from kvchat.model.linear import Linear
 
 # fetch(name, ...) -> the named tensors stacked along their first dimension, final dtype and device
@@ -43,16 +42,6 @@ class Decoder:
         self.embedding = fetch("model.embed_tokens.weight")  # [vocab_size, hidden_size]
         is_tied = config.tie_word_embeddings
         self.lm_head = Linear(self.embedding if is_tied else fetch("lm_head.weight"))
-
-    @property
-    def num_params(self) -> int:
-        """Values stored, a tied embedding once."""
-        return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
@@ -91,21 +80,6 @@ class Decoder:
         q = backend.write_kv(layer_idx, q, k, v)
         attended = backend.attend(layer_idx, q)
         return layer.o(attended.reshape(x.shape[0], -1))
-
-
-def random_decoder(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """A decoder with random weights on the CPU, for tests and benchmarks; no files needed."""
-    shapes = tensor_shapes(config)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(name: str) -> Tensor:
-        noise = torch.randn(shapes[name], generator=generator)
-        if name.endswith("norm.weight"):
-            return (1 + 0.1 * noise).to(dtype)
-        # sqrt of the input width keeps activations near 1; the factor 2 keeps logits apart
-        return (noise * 2 / math.sqrt(shapes[name][-1])).to(dtype)
-
-    return Decoder(config, lambda *names: torch.cat([draw(name) for name in names]))
 
 
 def _build_layer(config: ModelConfig, layer_idx: int, fetch: Fetch) -> Layer:

@@ -81,7 +81,6 @@ def parse_config(source: ModelSource) -> ModelConfig:
         has_mlp_bias=family_name == "llama" and fields.boolean("mlp_bias", False),
         has_qk_norm=family.has_qk_norm,
         layer_windows=_layer_windows(fields, family_name, num_layers),
-        bos_token_id=next(iter(_token_ids(source.config, "bos_token_id", vocab_size)), None),
         eos_token_ids=tuple(
             dict.fromkeys(
                 _token_ids(source.config, "eos_token_id", vocab_size)

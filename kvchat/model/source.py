@@ -22,7 +22,7 @@ from pathlib import Path
 from kvchat.errors import ModelError, UsageError, quoted
 from kvchat.model.header import FLOAT_DTYPES, Header, TensorInfo, check_readable, read_header
 
-# (what is going on, done, total)
+# (what is going on, done, total): bytes while loading, kernels while compiling.
 Progress = Callable[[str, int, int], None]
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -105,8 +105,8 @@ MUTANTS = [
     _mutant(
         "a hit takes no reference",
         (
-            "            self._ref_counts[block_id] += 1\n        self.counters",
-            "        self.counters",
+            "            self._ref_counts[block_id] += 1\n        return Sequence(table, len",
+            "        return Sequence(table, len",
         ),
     ),
     _mutant(
