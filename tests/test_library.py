@@ -45,6 +45,7 @@ def test_sessions_are_named_numbered_and_found():
     for key, message in (
         ("chat", "could be chat-1, chat-2, chat-3"),
         ("9", "no session"),
+        ("9" * 5000, "no session"),
         ("", "no"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -113,10 +113,10 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_bytes_a_terminal_could_not_read_are_replaced():
-    session, engine, library = chat()
+    session, engine, library = chat(system="s\udcff")
     say(session, engine, library, "a\udcffb")
 
-    assert session.messages[0] == Message("user", "a?b")
+    assert session.messages[:2] == [Message("system", "s?"), Message("user", "a?b")]
 
 
 # History keeps its tokens
@@ -630,6 +630,7 @@ def test_options_are_set_shown_and_refused_by_name():
         ("top_k", "1.5"),
         ("n", "0"),
         ("seed", "-2"),
+        ("seed", "9" * 5000),
         ("ignore_eos", "maybe"),
         ("stop", "[1]"),
         ("stop", '["a"'),

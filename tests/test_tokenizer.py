@@ -211,6 +211,20 @@ def test_bos_is_added_where_the_files_say_so():
     assert load("byte_level", tokenizer_config={**bos, "add_bos_token": True}).bos.text == "<s>"
 
 
+def test_bos_is_added_where_the_library_does():
+    from tokenizers import Tokenizer, processors
+
+    library = Tokenizer.from_str(tokenizer_json("byte_level").decode())
+    for pattern, names in (("<s> $A", ["<s>"]), ("$A </s>", []), ("</s> $A", [])):
+        ids = [(text, library.token_to_id(text)) for text in ("<s>", "</s>") if text in pattern]
+        library.post_processor = processors.TemplateProcessing(pattern, special_tokens=ids)
+        source = text_source(
+            tokenizer_json=library.to_str().encode(), tokenizer_config={"bos_token": "<s>"}
+        )
+        bos = load_tokenizer(source, 9999).bos
+        assert [marker.text for marker in [bos] if marker] == names
+
+
 def test_added_tokens_of_the_config_complete_a_sentencepiece_model():
     added = {"520": {"content": "<|im_end|>", "special": True}, "1": {"content": "<s>"}}
     tokenizer = load("bpe", tokenizer_config={"added_tokens_decoder": added})

@@ -96,7 +96,9 @@ class Library:
     def close(self, key: str | None = None) -> Session:
         """Forget a session and return the one looked at then; a new one takes the last one's
         place."""
-        session = self.current if key is None else self.find(key)
+        return self._close(self.current if key is None else self.find(key))
+
+    def _close(self, session: Session) -> Session:
         session.drop_queued()
         session.stop()
         index = self.sessions.index(session)
@@ -130,7 +132,7 @@ class Library:
                 made[-1].send(text)
         except KvchatError:
             for session in made:
-                self.close(session.name)
+                self._close(session)
             raise
         return made
 
@@ -146,9 +148,8 @@ class Library:
 
     def find(self, key: str) -> Session:
         """The session with this number (from 1), name, or only beginning of a name."""
-        if key.isdecimal() and 1 <= int(key) <= len(self.sessions):
-            return self.sessions[int(key) - 1]
         for found in (
+            [s for number, s in enumerate(self.sessions, start=1) if str(number) == key],
             [s for s in self.sessions if s.name == key],
             [s for s in self.sessions if key and s.name.startswith(key)],
         ):

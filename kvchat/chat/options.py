@@ -117,11 +117,13 @@ def generation_defaults(config: Mapping[str, object]) -> dict[str, object]:
 
 def read_seed(text: str) -> int:
     """A seed, or -1 for a new random one, as in llama.cpp. Raises UsageError."""
-    if text.strip() == "-1":
-        return random_seed()
-    if not text.strip().isdecimal() or int(text) >= MAX_SEED:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = MAX_SEED
+    if not -1 <= seed < MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED - 1}, or -1 for a random one")
-    return int(text)
+    return random_seed() if seed == -1 else seed
 
 
 def random_seed() -> int:

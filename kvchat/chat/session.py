@@ -42,7 +42,7 @@ class Session:
         self.queued: list[str] = []
         self.unread = 0  # replies finished since the session was last looked at
         self.last_reply: ReplyStats | None = None
-        self.system: str = other.system if other else defaults.system or ""
+        self.system: str = other.system if other else _decodable(defaults.system or "")
         self.sampling: SamplingParams = other.sampling if other else defaults.sampling
         self.think: bool | None = other.think if other else defaults.think
         seed = other.seed if other else defaults.seed

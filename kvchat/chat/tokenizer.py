@@ -36,14 +36,17 @@ class Piece:
 
 
 class Tokenizer:
-    """One model's tokenizer. `special` names texts as templates do: bos_token, eos_token, ..."""
+    """One model's tokenizer. `special` names texts as templates do: bos_token, eos_token, ...
+
+    `adds_bos` None: as the library does.
+    """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         markers: Iterable[Marker],
         special: Mapping[str, str],
-        adds_bos: bool,
+        adds_bos: bool | None,
     ) -> None:
         self._vocabulary = vocabulary
         self.has_inner_prefix = vocabulary.has_inner_prefix  # text after a marker is at a start
@@ -56,7 +59,9 @@ class Tokenizer:
         self._forbidden = frozenset(self._marker_of_id) - {vocabulary.unk_id}
         self._pattern = _marker_pattern(self.markers.values())
         bos = self.markers.get(self.special.get("bos_token", ""))
-        self.bos = bos if adds_bos else None  # what the library puts before a text
+        if adds_bos is None:
+            adds_bos = bos is not None and bos.token_id == vocabulary.first_id
+        self.bos = bos if adds_bos else None  # what stands before a text that is no template's
 
     def marker(self, token_id: int) -> Marker | None:
         """The marker an id stands for; None for the ids of plain text."""
@@ -165,7 +170,7 @@ def load_tokenizer(source: ModelSource, vocab_size: int) -> Tokenizer:
         vocabulary,
         [*vocabulary.markers, *(m for m in extra if m not in wrong)],
         vocabulary.special | _special_texts(source.special_tokens_map) | _special_texts(config),
-        adds_bos if isinstance(adds_bos, bool) else vocabulary.adds_bos,
+        adds_bos if isinstance(adds_bos, bool) else None,
     )
     if tokenizer.num_ids > vocab_size:
         raise ModelError(

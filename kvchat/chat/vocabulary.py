@@ -53,7 +53,7 @@ class SentencePieceVocabulary:
             raise ModelError(f"tokenizer.model refused: {quoted(str(error))}") from None
         self.has_inner_prefix = self.has_prefix and is_legacy  # text after a marker gets a space
         self.unk_id: int | None = self._model.unk_id()
-        self.adds_bos: bool = self._model.bos_id() >= 0
+        self.first_id: int = self._model.bos_id()  # what stands before a text; -1 for nothing
         self.markers = list(self._find_markers(serialized))
         named = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
         self.special = {name: self._pieces[i] for name, i in named.items() if i >= 0}
@@ -137,7 +137,7 @@ class JsonVocabulary:
         self.num_ids = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         unk, unk_id = spec["model"].get("unk_token"), spec["model"].get("unk_id")
         self.unk_id: int | None = self._model.token_to_id(unk) if unk else unk_id
-        self.adds_bos = bool(self._model.encode("", add_special_tokens=True).ids)
+        self.first_id: int = [*self._model.encode("", add_special_tokens=True).ids, -1][0]
         self.special: dict[str, str] = {}
 
     def encode(self, text: str, at_start: bool) -> list[int]:
