@@ -6,6 +6,7 @@ installed, so that the next start does not call pip at all.
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import os
 import re
@@ -79,15 +80,32 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def requirements(extras: str) -> list[str]:
+    """What setup.cfg asks for, with these extras (comma-separated)."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [config["options"]["install_requires"]]
+    texts += [config["options.extras_require"][extra] for extra in extras.split(",")]
+    return [line for text in texts for line in text.splitlines() if line]
+
+
+def link_checkout() -> None:
+    """Let the environment's Python find kvchat in this checkout, as it is edited."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    python = str(VENV / "bin" / "python")
+    folder = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    (Path(folder.stdout.strip()) / "kvchat-checkout.pth").write_text(f"{ROOT}\n")
+
+
 def install(text: str, extras: str, index: str | None) -> None:
-    """torch first and pinned, then kvchat and the rest; pip shows its progress."""
+    """torch first and pinned, then the rest; pip shows its progress."""
     print(f"kvchat: first start, installing into .venv ({text})", file=sys.stderr)
     torch = [*PIP, pinned_torch()]
     if index and is_reachable(index):
         torch += ["--index-url", index]
     elif index:
         print(f"kvchat: {index} does not answer, using pip's own index", file=sys.stderr)
-    for command in (torch, [*PIP, *CONSTRAINTS, "-e", f"{ROOT}[{extras}]"]):
+    for command in (torch, [*PIP, *CONSTRAINTS, *requirements(extras)]):
         if subprocess.run(command, stdout=sys.stderr).returncode:
             fail("pip could not install what is missing; see its lines above, then start again")
 
@@ -103,6 +121,7 @@ def main() -> None:
         return
     make_venv()
     install(*choose())
+    link_checkout()
     stamp.write_text(f"{digest} run {wanted}\n")
 
 

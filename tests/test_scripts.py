@@ -62,3 +62,10 @@ def test_an_index_that_does_not_answer_is_noticed(bootstrap):
 
 def test_torch_is_pinned(bootstrap):
     assert bootstrap.pinned_torch().startswith("torch==2.")
+
+
+def test_all_that_setup_cfg_asks_for_is_installed(bootstrap):
+    names = bootstrap.requirements("hub,cuda13")
+
+    assert {"torch>=2.6", "huggingface_hub>=1.3", "cupy-cuda13x>=14"} <= set(names)
+    assert not any(name.startswith(("pytest", "cupy-cuda12x")) for name in names)
