@@ -36,7 +36,7 @@ watcher.start()
 decoder = load_decoder(source, config, sys.argv[2])
 is_loaded.set()
 watcher.join()
-print(max(peak, anonymous()) - before, sum(math.prod(shape) for shape in tensor_shapes(config).values()))
+print(max(peak, anonymous()) - before, sum(map(math.prod, tensor_shapes(config).values())))
 """
 
 

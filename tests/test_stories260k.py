@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvchat.attention.backends import BACKENDS, make_backend
+from kvchat.attention.backends import make_backend
 from kvchat.attention.rope import build_rope
 from kvchat.config import KVSpec, SamplingParams, SchedulerConfig
 from kvchat.engine.engine import Engine
@@ -110,40 +110,48 @@ def test_all_cases_id_for_id_alone_and_with_eight_interleaved(decoder, backend, 
     stack.pool.check_integrity([seq for _, seq, _ in stack.scheduler.sequences()])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block_size", [16, 32])
-def test_all_cases_id_for_id_after_forced_preemption(decoder, backend, block_size):
+@pytest.mark.parametrize(("backend", "block_size", "budget"), GRID)
+def test_all_cases_id_for_id_after_forced_preemption(decoder, backend, block_size, budget):
     # Eight replies need 70 blocks of 16 tokens (36 of 32); the pool has about half of that.
-    stack = Stack(decoder, backend, block_size, num_blocks=600 // block_size, budget=64)
+    stack = Stack(decoder, backend, block_size, num_blocks=600 // block_size, budget=budget)
     requests = [stack.submit(i, PROMPTS[i % 5]) for i in range(8)]
 
+    # Who comes to the foreground takes another's place, even where one token a step is all.
+    for session_id in (7, 2, 6, 1, 5):
+        stack.engine.set_foreground(session_id)
+        for _ in range(60):
+            stack.engine.step()
     stack.run()
 
     assert [stack.replies[i] for i in range(8)] == [REPLIES[i % 5] for i in range(8)]
-    assert sum(request.num_preemptions for request in requests) >= 4
+    assert sum(request.num_preemptions for request in requests) >= 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("num_kept", [1, 16, 23, 100])
-def test_all_cases_id_for_id_after_fork(decoder, backend, num_kept):
-    stack = Stack(decoder, backend)
+@pytest.mark.parametrize(
+    ("grid", "num_kept"), [*zip(GRID[:8] + GRID[9:], [1, 16, 23, 100] * 3, strict=False)], ids=str
+)
+def test_all_cases_id_for_id_after_fork(decoder, grid, num_kept):
+    backend, block_size, budget = grid
+    stack = Stack(decoder, backend, block_size, budget=budget)
     for session_id, prompt in enumerate(PROMPTS):
         stack.submit(session_id, prompt)
     while min(len(reply) for reply in stack.replies.values()) < num_kept + 2:
         stack.engine.step()
 
     # The parents go on while each child writes into its copy of the shared tail.
+    num_cached = {}
     for session_id, (prompt, reply) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
         text = prompt + reply[:num_kept]
         assert stack.engine.fork(session_id, 10 + session_id, len(text) - 1) == len(text) - 1
         rest = SamplingParams(temperature=0.0, max_tokens=NUM_REPLY - num_kept)
         child = stack.submit(10 + session_id, text, rest)
+        num_cached[child] = len(text) - 1
         stack.engine.step()
-        assert child.num_cached_tokens == len(text) - 1
     stack.run()
 
     assert [stack.replies[i] for i in range(5)] == REPLIES
     assert [stack.replies[10 + i] for i in range(5)] == [reply[num_kept:] for reply in REPLIES]
+    assert {child: child.num_cached_tokens for child in num_cached} == num_cached
 
 
 def random_prompts(seed):
