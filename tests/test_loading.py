@@ -189,6 +189,16 @@ def test_progress_counts_every_byte_once(tiny):
     assert seen[-1] == (total, total) and [done for done, _ in seen] == sorted({d for d, _ in seen})
 
 
+def test_progress_ends_at_its_total_though_one_of_two_tied_tensors_is_not_read(model):
+    name = "model.embed_tokens.weight"
+    change_weights(model, lambda t: t.update({"lm_head.weight": t[name].clone()}))
+    source, seen = resolve(str(model)), []
+
+    load_decoder(source, parse_config(source), "float32", "cpu", lambda *at: seen.append(at))
+
+    assert seen[-1][0] == seen[-1][1]
+
+
 def test_dtype_auto_is_float32_on_a_cpu_while_it_fits(model):
     change_weights(model, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
     source = resolve(str(model))

@@ -100,6 +100,7 @@ class _Loader:
         if not config.tie_word_embeddings or not {_EMBEDDING, _LM_HEAD} <= self._tensors.keys():
             return config
         is_same = torch.equal(self._mapped(_EMBEDDING), self._mapped(_LM_HEAD))
+        self._total -= is_same * self._tensors[_LM_HEAD].num_bytes  # it is not fetched
         return replace(config, tie_word_embeddings=is_same)
 
     def fetch(self, *names: str) -> Tensor:
