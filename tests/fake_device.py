@@ -88,6 +88,13 @@ class FakeDevice:
         self.num_computed += sum(row.num_tokens for row in batch.rows)
         return FakeStep(sampled)
 
+    def launch_in_part(self, batch: Batch) -> None:
+        """A step that fails half way: half of the copies, and nonsense in the rows' slots."""
+        for op in batch.block_ops[: len(batch.block_ops) // 2]:
+            self.slots[op.dst] = self.slots[op.src][:]
+        for row in batch.rows:
+            self._write(row, [UNWRITTEN] * row.num_tokens)
+
     def read(self, table: list[int], num_tokens: int) -> list[int]:
         """What a table's first slots hold."""
         num_blocks = -(-num_tokens // self.block_size)

@@ -161,6 +161,7 @@ class Simulation:
         """Launch and read in turn, or fail."""
         if self.rng.random() < self.scenario.failure_rate:
             self.counts["failures"] += 1
+            self.device.launch_in_part(batch)
             if self.rng.random() < 0.5:
                 self.interrupt(self.people[self.rng.choice(batch.rows).request.session_id])
             self.deliver(self.scheduler.fail(batch, "failed"))

@@ -252,6 +252,13 @@ def test_gathered_bytes_are_those_of_long_chunks_alone():
     assert backend.bytes_gathered == ((97 - 32) + 8) * 2 * 2 * 16 * 2
 
 
+def test_the_scratch_of_a_step_is_one_layer_of_its_longest_gathered_sequence():
+    shape = Shape(num_kv_heads=2, head_dim=16, dtype="bfloat16")
+    _, backend = World(shape, [(1, 3000), (40, 97), (8, 200), (150, 150)]).run("cpu")
+
+    assert backend._scratch.nbytes == 2 * 2 * (13 * 16) * 16 * 4  # K and V, heads, 13 blocks, fp32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_16_bit_patterns_pass_through_the_cpu_pool(dtype):
     patterns = torch.arange(65536).to(torch.uint16).view(dtype).view(1024, 4, 16)
