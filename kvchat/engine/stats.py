@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from kvchat.engine.scheduler import Scheduler
@@ -22,7 +22,8 @@ class SessionKV(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A picture of the engine. Requests and blocks are counted now, the rest since the start."""
+    """A picture of the engine: requests and blocks as they are now, then the scheduler's and the
+    pool's counters, by their names there."""
 
     num_running: int
     num_waiting: int
@@ -49,7 +50,7 @@ class EngineStats:
 
 def read_stats(scheduler: Scheduler) -> EngineStats:
     """The numbers as they are between two steps."""
-    pool, counters = scheduler.pool, scheduler.counters
+    pool = scheduler.pool
     return EngineStats(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
@@ -57,16 +58,8 @@ def read_stats(scheduler: Scheduler) -> EngineStats:
         num_blocks_used=pool.num_usable - pool.num_free,
         num_blocks_cached=pool.num_cached,
         num_blocks_free=pool.num_free - pool.num_cached,
-        num_steps=counters.num_steps,
-        num_decode_steps=counters.num_decode_steps,
-        num_decode_rows=counters.num_decode_rows,
-        num_scheduled_tokens=counters.num_scheduled_tokens,
-        num_generated_tokens=counters.num_generated_tokens,
-        num_cached_tokens=counters.num_cached_tokens,
-        num_preemptions=counters.num_preemptions,
-        num_drops=counters.num_drops,
-        num_copies=pool.counters.num_copies,
-        num_evictions=pool.counters.num_evictions,
+        **asdict(scheduler.counters),
+        **asdict(pool.counters),
     )
 
 
