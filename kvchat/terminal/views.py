@@ -13,6 +13,7 @@ from kvchat.chat.runtime import Runtime
 from kvchat.chat.session import ReplyStats
 from kvchat.engine.build import EngineFacts
 from kvchat.engine.stats import BlockOwner, EngineStats
+from kvchat.kv.planner import format_size
 from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment
 
 Line = list[Fragment]
@@ -30,15 +31,6 @@ def format_count(number: int) -> str:
     if number % 1024 == 0:
         return f"{number // 1024}k"
     return f"{number / 1000:.{1 if number < 10_000 else 0}f}k"
-
-
-def format_bytes(number: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Line]:
@@ -69,7 +61,7 @@ def banner(runtime: Runtime) -> list[Line]:
         ],
         [
             ("", f"context {facts.scheduler.max_request_tokens:,} tokens"),
-            ("", f"  pool {format_bytes(facts.pool_bytes)} for {facts.pool_tokens:,}"),
+            ("", f"  pool {format_size(facts.pool_bytes)} for {facts.pool_tokens:,}"),
             ("", f"  format {runtime.chat_format}"),
         ],
         [("dim", "not saved: chats end with this process  /help lists the commands")],
@@ -136,7 +128,7 @@ def kv_lines(runtime: Runtime) -> list[Line]:
     for session in runtime.library.sessions:
         held = runtime.engine.session_kv(session.id)
         counts = (session.num_context_tokens, held.num_tokens, held.num_blocks)
-        rows.append((session.name, *(f"{n:,}" for n in counts), format_bytes(held.num_bytes)))
+        rows.append((session.name, *(f"{n:,}" for n in counts), format_size(held.num_bytes)))
     return table(("session", "tokens", "in pool", "blocks", "bytes"), rows)
 
 
@@ -166,7 +158,7 @@ def pool_lines(
         [marks[session_id], ("", f" {name} {counts[session_id]:,}")]
         for session_id, name in names.items()
     ]
-    unit = f"a cell is {per_cell} x {format_bytes(facts.spec.bytes_per_block)}"
+    unit = f"a cell is {per_cell} x {format_size(facts.spec.bytes_per_block)}"
     scale = f"{unit}, {facts.spec.block_size} tokens a block"
     return [*rows, *_packed(legend, columns)[:MAX_LEGEND_ROWS], [("dim", scale)]]
 
