@@ -765,6 +765,25 @@ def test_a_step_that_fails_ends_its_requests_and_drops_what_it_may_have_been_to_
     assert reply_of(third) == continuation(text(9, 300), 3)
 
 
+def test_a_step_built_on_one_that_fails_fails_with_it():
+    bench = Bench()
+    bench.submit(1, text(9), session_id=1)
+    first = bench.scheduler.schedule()
+    assert bench.scheduler.fork(1, 2, 8) == 8
+    bench.submit(2, [*text(8), 5], session_id=2)
+    second = bench.scheduler.schedule()
+    assert shares(second) == {1: (9, 1), 2: (8, 1)}  # 2 reads what the first step was to write
+
+    events = bench.scheduler.fail(first, "out of luck")
+
+    assert [(e.request_id, e.finish_reason) for e in events] == [(1, "error"), (2, "error")]
+    assert bench.scheduler.update(second, [7, 7]) == []
+    assert bench.scheduler.schedule() is None
+    assert bench.pool.match(text(9)) == 0
+    bench.check()
+    assert bench.pool.num_free == bench.pool.num_usable
+
+
 def test_the_counters_tell_what_was_done():
     bench = Bench()
     for request_id in (1, 2):

@@ -212,14 +212,16 @@ class Scheduler:
         return events
 
     def fail(self, batch: Batch | None, error: str) -> list[Event]:
-        """End the requests of a step that was not done (None: all requests) with this sentence.
+        """End the requests of a step that was not done (None: all requests) with this sentence,
+        and those of a step built on it, which may read what it was to write.
 
         What the idle sessions hold is dropped: a step may have been to write into it. All that
         was sealed stays cached.
         """
-        if batch in self._launched:
-            self._launched.remove(batch)
-        requests = [row.request for row in batch.rows] if batch else [*self._requests.values()]
+        requests = [*self._requests.values()]
+        if batch:
+            self._launched = [step for step in self._launched if step is not batch]
+            requests = [row.request for step in (batch, *self._launched) for row in step.rows]
         events, self._untold = self._untold, []  # an update may have failed half way
         for request in requests:
             if request.finish_reason is None:
