@@ -136,16 +136,22 @@ def pool_lines(
     owners: Sequence[BlockOwner], names: Mapping[int, str], facts: EngineFacts, columns: int
 ) -> list[Line]:
     """/pool: the blocks in order, `names` by session id. A cell is n blocks and shows who holds
-    most of those that are held: a capital for half of the cell or more, else a small letter."""
+    most of those that are held: a capital for half of the cell or more, else a small letter. Of a
+    large pool the part that was never used is a number: drawn, it would shrink all the rest."""
     owners = owners[1:]  # the null block is nobody's
     marks = {
         session_id: (f"owner{i % NUM_OWNER_STYLES}", LETTERS[i % len(LETTERS)])
         for i, session_id in enumerate(names)
     }
-    per_cell = max(1, -(-len(owners) // (columns * (MAX_POOL_ROWS - MAX_LEGEND_ROWS - 1))))
+    room = columns * (MAX_POOL_ROWS - MAX_LEGEND_ROWS - 1)
+    extent = max((i for i, owner in enumerate(owners, 1) if owner != "free"), default=1)
+    per_cell = max(1, -(-extent // room))
+    num_drawn = len(owners)
+    if num_drawn > room:
+        num_drawn = min(num_drawn, -(-extent // (columns * per_cell)) * columns * per_cell)
     cells = [
-        _pool_cell(Counter(owners[start : start + per_cell]), marks)
-        for start in range(0, len(owners), per_cell)
+        _pool_cell(Counter(owners[start : min(start + per_cell, num_drawn)]), marks)
+        for start in range(0, num_drawn, per_cell)
     ]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     counts = Counter(owners)
@@ -160,6 +166,8 @@ def pool_lines(
     ]
     unit = f"a cell is {per_cell} x {format_size(facts.spec.bytes_per_block)}"
     scale = f"{unit}, {facts.spec.block_size} tokens a block"
+    if num_drawn < len(owners):
+        scale += f"; {len(owners) - num_drawn:,} more are free"
     return [*rows, *_packed(legend, columns)[:MAX_LEGEND_ROWS], [("dim", scale)]]
 
 
