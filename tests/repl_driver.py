@@ -143,9 +143,7 @@ class Person:
 
     async def repl_is_painted(self) -> None:
         """Until the loop has fetched and painted everything there is now."""
-        await self.waits_until(
-            lambda: self.repl.session.last_reply is self.repl._seen_reply, "painting"
-        )
+        await self.waits_until(lambda: not self.repl.session._output, "painting")
 
 
 def play(

@@ -5,6 +5,7 @@ import threading
 import pytest
 from scripted_engine import ScriptedEngine, scripted_library, scripted_tokenizer
 
+from kvchat.chat.reply import Chunk
 from kvchat.engine.request import Event
 from kvchat.errors import UsageError
 
@@ -107,7 +108,7 @@ def test_sessions_talk_at_the_same_time_and_are_marked_unread():
     assert (first.unread, second.unread) == (1, 0)
     library.switch("1")
     assert first.unread == 0
-    assert first.take_output()[0].text == "from one"
+    assert [c.text for c in first.take_output()] == ["a", "from one"]
 
 
 def test_unfinished_counts_what_runs_and_what_waits():
@@ -212,7 +213,7 @@ def test_events_may_come_from_any_thread_and_are_applied_by_the_pump():
     worker.join()
 
     assert told.is_set()
-    assert library.current.take_output() == [] and library.current.is_working
+    assert library.current.take_output() == [Chunk("asked", "a")] and library.current.is_working
     assert library.pump(timeout=5) is True
     assert library.current.take_output()[0].text == "hello"
     assert library.pump() is False

@@ -247,11 +247,39 @@ def test_a_full_context_is_said_before_anything_is_cut():
 
 def test_a_turn_that_does_not_fit_goes_back_into_the_input():
     async def script(person):
+        buffer = person.repl.screen.buffer
         await person.types("y" * 60 + "\r")
         await person.sees("error: the conversation would have")
-        assert person.repl.screen.buffer.text == "y" * 60
+        await person.types("!")
+        await person.waits_until(lambda: buffer.text.endswith("!"), "typing")
+        assert buffer.text == "y" * 60 + "!"
+        await person.types("\x15//" + "y" * 60 + "\r")
+        await person.waits_until(lambda: buffer.text.startswith("//y"), "the slash")
 
     play(script, max_model_len=50)
+
+
+def test_a_queued_turn_is_parted_from_the_reply_before_whenever_it_begins():
+    async def script(person):
+        person.engine.replies += ["first", "second"]
+        await person.types("one\r")
+        await person.types("two\r")
+        await person.sees("queued 1")
+        library = person.repl.library
+        person.engine.run()
+        library.pump()  # the first reply ends and the second begins before anything is painted
+        person.engine.run()
+        person.repl._refresh()
+        await person.sees("second")
+
+    assert _chat(script) == "> one\nfirst\n\n> two\nsecond"
+
+
+def test_an_empty_reply_is_said_to_be_one():
+    async def script(person):
+        await person.says("hello", "")
+
+    assert _chat(script) == "> hello\n[empty reply]"
 
 
 def test_enter_while_streaming_queues_and_ctrl_c_drops_the_queue_first():

@@ -39,11 +39,17 @@ def chat(replies=(), markers=CHAT_MARKERS, template=None, **options):
 
 
 def say(session, engine, library, text):
-    """One whole turn; what it put out."""
+    """One whole turn; what it put out after it was asked."""
     session.send(text)
     engine.run()
     library.pump()
-    return session.take_output()
+    return output(session)
+
+
+def output(session):
+    """What the session has put out, less the turns that were asked and the remarks."""
+    chunks = session.take_output()
+    return [chunk for chunk in chunks if chunk.kind not in ("asked", "remark")]
 
 
 def user(text):
@@ -193,7 +199,7 @@ def test_a_stop_string_ends_the_reply_wherever_tokens_end(num_tokens):
     while engine.step(num_tokens):
         library.pump()
 
-    assert session.take_output() == [Chunk("answer", "one STOX two ")]
+    assert output(session) == [Chunk("answer", "one STOX two ")]
     assert session.messages[-1] == Message("assistant", "one STOX two ")
     assert session.last_reply.finish_reason == "stop"
     assert ("abort", 1) in engine.calls
@@ -209,7 +215,7 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_is_known():
     shown = []
     while engine.step():
         library.pump()
-        shown += [chunk.text for chunk in session.take_output()]
+        shown += [chunk.text for chunk in output(session)]
 
     assert shown == ["a", "b", "###c"]
 
@@ -270,7 +276,7 @@ def test_half_a_character_is_not_kept_when_a_reply_is_stopped():
     library.pump()
     session.stop()
 
-    assert session.take_output() == [Chunk("answer", "a")]
+    assert output(session) == [Chunk("answer", "a")]
     assert session.messages[-1].content == "a"
     say(session, engine, library, "b")
     assert session.prompt_view()[0].startswith(user("hi") + reply("a") + user("b"))
@@ -288,7 +294,7 @@ def test_thoughts_and_answer_are_told_apart_wherever_tokens_end():
         while engine.step(num_tokens):
             library.pump()
 
-        assert session.take_output() == [
+        assert output(session) == [
             Chunk("reasoning", "hm </thin\n"),
             Chunk("answer", "Yes <think>."),
         ]
@@ -364,6 +370,32 @@ def test_texts_sent_while_a_reply_is_made_wait_their_turn():
     assert [m.content for m in session.messages] == ["a", "one", "b", "two", "c", "three"]
 
 
+def test_output_tells_turns_and_replies_apart():
+    session, engine, library = chat(["one", "", "three"])
+    engine.num_cached_tokens = 1 << 20
+    session.set_option("n", "2")
+    for text in ("a", "b", "c"):
+        session.send(text)
+    while session.is_working:
+        engine.run()
+        library.pump()
+    session.send("d")
+    session.stop()
+
+    assert session.take_output() == [
+        Chunk("asked", "a"),
+        Chunk("answer", "on"),
+        Chunk("remark", "cut at 2 tokens"),
+        Chunk("asked", "b"),
+        Chunk("remark", "empty reply"),
+        Chunk("asked", "c"),
+        Chunk("answer", "th"),
+        Chunk("remark", "cut at 2 tokens"),
+        Chunk("asked", "d"),
+        Chunk("remark", "stopped"),  # before the first token: nothing is known of what it cost
+    ]
+
+
 def test_queued_texts_can_be_dropped():
     session, engine, library = chat(["one"])
     for text in ("a", "b", "c"):
@@ -383,7 +415,7 @@ def test_a_queued_text_that_does_not_fit_is_reported():
     engine.run()
     library.pump()
 
-    answer, notice = session.take_output()
+    answer, notice = output(session)
     assert answer == Chunk("answer", "one")
     assert notice.kind == "notice" and notice.text.startswith("not sent: ")
     assert not session.is_working
@@ -572,7 +604,7 @@ def test_an_engines_error_is_told_and_the_chat_goes_on():
     engine.fail("3 logits were not finite; the reply was ended")
     library.pump()
 
-    assert session.take_output() == [
+    assert output(session) == [
         Chunk("answer", "ab"),
         Chunk("notice", "3 logits were not finite; the reply was ended"),
     ]
@@ -584,7 +616,7 @@ def test_events_of_another_request_are_not_taken():
     session.send("hi")
 
     assert session.apply(Event(99, session.id, (1, 2)), 0.0) is False
-    assert session.take_output() == []
+    assert output(session) == []
 
 
 # Settings

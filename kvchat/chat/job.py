@@ -123,12 +123,13 @@ class Job:
     def stats(self, finish_reason: str) -> ReplyStats:
         """The numbers of this reply."""
         num_tokens, first_at = len(self.reply.ids), self._first_at
+        # the newest known token has no K and V yet: the prompt's first pass makes them
+        num_recomputed = max(0, self._num_known_tokens - 1 - self._num_cached_tokens)
         elapsed = self._last_at - (first_at or 0.0)
         return ReplyStats(
             num_prompt_tokens=self.request.num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
-            # the newest known token has no K and V yet: the prompt's first pass makes them
-            num_recomputed_tokens=max(0, self._num_known_tokens - 1 - self._num_cached_tokens),
+            num_recomputed_tokens=0 if first_at is None else num_recomputed,
             num_generated_tokens=num_tokens,
             ttft_s=None if first_at is None else first_at - self._asked_at,
             tokens_per_s=(num_tokens - 1) / elapsed if num_tokens > 1 and elapsed > 0 else None,

@@ -14,15 +14,21 @@ from kvchat.chat.tokenizer import StreamDecoder
 
 THINK_START, THINK_END = "<think>", "</think>"
 
-ChunkKind = Literal["answer", "reasoning", "notice"]
+ChunkKind = Literal["asked", "answer", "reasoning", "notice", "remark"]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A bit of output: the answer, the model's reasoning, or a sentence of kvchat's own."""
+    """A bit of output: the turn that is asked, the model's answer or reasoning, or a sentence of
+    kvchat's own; a notice must be seen, a remark is for those who watch."""
 
     kind: ChunkKind
     text: str
+
+    @property
+    def is_comment(self) -> bool:
+        """A whole sentence about the chat, not part of it."""
+        return self.kind in ("notice", "remark")
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,11 @@ class Session:
         return self._job.num_tokens if self._job else self._leaf.num_tokens
 
     def take_output(self) -> list[Chunk]:
-        """What has come since this was last called; neighbours of one kind are one chunk."""
+        """What has come since this was last called; neighbours are one chunk, but for comments."""
         output, self._output = self._output, []
-        return [
-            Chunk(kind, ("\n" if kind == "notice" else "").join(chunk.text for chunk in run))
-            for kind, run in groupby(output, key=lambda chunk: chunk.kind)
-        ]
+        grouped = groupby(output, key=lambda chunk: chunk if chunk.is_comment else chunk.kind)
+        runs = [[*run] for _, run in grouped]
+        return [Chunk(run[0].kind, "".join(chunk.text for chunk in run)) for run in runs]
 
     def prompt_view(self) -> tuple[str, list[int]]:
         """The text and ids of all the model has seen and said, markers included."""
@@ -263,6 +262,7 @@ class Session:
         desk.engine.submit(job.request)
         parent.add_child(turn)
         self._leaf, self._job = turn, job
+        self._output.append(Chunk("asked", text))
 
     def _request(self, ids: list[int], branch: int) -> Request:
         stop_ids = self.sampling.stop_token_ids | self._desk.chat_format.stop_token_ids
@@ -297,21 +297,32 @@ class Session:
         self._job = None
         self.last_reply = job.stats(reason)
         self.unread += 1
-        if reason == "error":
-            self._notice(error or "the engine could not go on with this reply")
-        elif reason == "length" and turn.num_tokens >= self.max_context:
-            self._notice(
-                f"context full: {turn.num_tokens:,} of {self.max_context:,} tokens; "
-                "/undo turns, /clear, or /fork an earlier point"
-            )
+        self._output += self._comments(turn, self.last_reply, error)
         if self.queued:
             try:
                 self._ask(turn, self.queued.pop(0))
             except KvchatError as problem:
-                self._notice(f"not sent: {problem}")
+                self._output.append(Chunk("notice", f"not sent: {problem}"))
 
-    def _notice(self, text: str) -> None:
-        self._output.append(Chunk("notice", text))
+    def _comments(self, turn: Turn, stats: ReplyStats, error: str) -> Iterator[Chunk]:
+        """What is to be said about a finished reply; something where there is nothing else."""
+        if stats.finish_reason == "error":
+            yield Chunk("notice", error or "the engine could not go on with this reply")
+        elif stats.finish_reason == "abort":
+            yield Chunk("remark", "stopped")
+        elif stats.finish_reason == "length" and turn.num_tokens < self.max_context:
+            yield Chunk("remark", f"cut at {stats.num_generated_tokens:,} tokens")
+        elif stats.finish_reason == "length":
+            yield Chunk(
+                "notice",
+                f"context full: {turn.num_tokens:,} of {self.max_context:,} tokens; "
+                "/undo turns, /clear, or /fork an earlier point",
+            )
+        elif not turn.content.strip():
+            yield Chunk("remark", "empty reply")
+        if stats.num_recomputed_tokens:
+            remark = f"{stats.num_recomputed_tokens:,} tokens of history recomputed"
+            yield Chunk("remark", remark)
 
 
 def _decodable(text: str) -> str:

@@ -85,7 +85,6 @@ def redo(repl: Repl, argument: str) -> None:
 @command("/regen", "ask the last turn again")
 def regen(repl: Repl, argument: str) -> None:
     repl.session.regen()
-    repl.show.lines(views.user_lines(repl.session.messages[-2].content))
 
 
 @command("/edit [TEXT]", "ask something else instead of the last turn")
@@ -97,8 +96,7 @@ def edit(repl: Repl, argument: str) -> None:
     if argument:
         repl.ask(argument)
         return
-    repl.screen.buffer.text = asked[-1]
-    repl.screen.buffer.cursor_position = len(asked[-1])
+    repl.offer(asked[-1])
 
 
 @command("/stop [all]", "stop the reply, or all of them, and keep them", ("all",))
@@ -112,11 +110,8 @@ def stop(repl: Repl, argument: str) -> None:
 
 @command("/all TEXT", "send a turn to every chat")
 def send_all(repl: Repl, argument: str) -> None:
-    is_idle = not repl.session.is_working
     for refusal in repl.library.send_all(argument):
         repl.show.error(f"{refusal.session.name}: {refusal.error}")
-    if is_idle and repl.session.is_working:
-        repl.show.lines(views.user_lines(argument))
 
 
 @command("/fan N [NAME=V,...] TEXT", "send a turn to N forks, each with its own options")

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from kvchat.chat.reply import Chunk, ChunkKind
 from kvchat.terminal.show import Fragment
-
-STYLES: dict[ChunkKind, str] = {"answer": "", "reasoning": "dim", "notice": "dim"}
+from kvchat.terminal.views import user_lines
 
 
 class Feed:
@@ -31,23 +30,33 @@ class Feed:
     def add(self, chunks: Iterable[Chunk]) -> None:
         """Take in output; reasoning, answer and notices never share a line."""
         for chunk in chunks:
+            if chunk.kind == "asked":
+                self.end()
+                self.lines += user_lines(chunk.text)
+                continue
             if self._kind not in (None, chunk.kind):
                 self._break(is_spaced="reasoning" in (self._kind, chunk.kind))
             self._kind = chunk.kind
-            text = f"[{chunk.text}]" if chunk.kind == "notice" else chunk.text
+            text = f"[{chunk.text}]" if chunk.is_comment else chunk.text
             *whole, rest = (self.tail[1] + text).split("\n")
             for line in whole:
                 self._finish_line(line)
-            self.tail = (STYLES[chunk.kind], rest)
-            if chunk.kind == "notice":
+            self.tail = (self._style, rest)
+            if chunk.is_comment:
                 self._break()
 
     def end(self) -> None:
-        """The reply is over: nothing is unfinished, and a blank line parts it from the next."""
+        """The reply, if any, is over: a blank line parts it from the next."""
+        if self._kind is None:
+            return
         self._break()
         self._num_held = 0
         self.lines.append([])
         self._kind = None
+
+    @property
+    def _style(self) -> str:
+        return "" if self._kind == "answer" else "dim"
 
     def _break(self, is_spaced: bool = False) -> None:
         if self.tail[1]:
@@ -60,7 +69,6 @@ class Feed:
         if not text.strip():
             self._num_held += 1
             return
-        style = STYLES[self._kind] if self._kind else ""
         self.lines += [[]] * self._num_held
         self._num_held = 0
-        self.lines.append([(style, text)])
+        self.lines.append([(self._style, text)])

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from prompt_toolkit.document import Document
+
 from kvchat.chat.reply import Chunk
 from kvchat.chat.runtime import Runtime
 from kvchat.chat.session import Session
@@ -42,7 +44,6 @@ class Repl:
         self.attached: list[str] = []  # files that go before the next turn
         self.editing: Session | None = None  # the next turn replaces this session's last one
         self._feed = Feed()
-        self._seen_reply = self.library.current.last_reply
         self._waits_for = ""  # why the reply on screen has not begun
         self._hint = ""  # shown in the toolbar until the next turn
         self._is_leaving = False
@@ -80,18 +81,18 @@ class Repl:
 
     def ask(self, text: str) -> None:
         """Send a turn to the session on screen; what cannot be sent goes back into the input."""
-        session, editing = self.session, self.editing is self.session
         turn = "\n".join([*self.attached, text])
         try:
-            session.edit(turn) if editing else session.send(turn)
+            self.session.edit(turn) if self.editing is self.session else self.session.send(turn)
         except KvchatError:
-            self.screen.buffer.text = text
+            self.offer(text)
             raise
         self.attached, self.editing = [], None
-        if session.queued and not editing:
-            self.screen.invalidate()
-            return
-        self.show.lines(views.user_lines(turn))
+
+    def offer(self, text: str) -> None:
+        """Put a turn into the input line, as one would have typed it."""
+        typed = f"/{text}" if text.startswith("/") else text
+        self.screen.buffer.document = Document(typed)
 
     def look(self, num_unread: int = 0) -> None:
         """Show the session on screen: a rule, the last exchange and what is unread."""
@@ -105,8 +106,9 @@ class Repl:
         if partial:
             chunks = [Chunk("reasoning", partial.reasoning), Chunk("answer", partial.content)]
             self._feed.add(chunk for chunk in chunks if chunk.text)
-        self._feed.add(chunk for chunk in session.take_output() if chunk.kind == "notice")
-        self._seen_reply = session.last_reply
+        self._feed.add(chunk for chunk in session.take_output() if chunk.is_comment)
+        if not session.is_working:
+            self._feed.end()
         self.screen.tail = self._feed.tail
         number = self.library.sessions.index(session) + 1
         rule = f"--- {number} {session.name} ".ljust(min(self.screen.columns, 60), "-")
@@ -134,6 +136,7 @@ class Repl:
                 COMMANDS.dispatch(self, text)
             elif text.strip():
                 self.ask(text[1:] if text.startswith("//") else text)
+            self._refresh()
 
         self._guard(act)
 
@@ -144,15 +147,16 @@ class Repl:
     def _interrupt(self) -> None:
         session, buffer, self._hint = self.session, self.screen.buffer, ""
         if session.queued:
-            dropped = "\n".join(session.queued)
+            if not buffer.text:
+                self.offer("\n".join(session.queued))
             session.drop_queued()
-            buffer.text = buffer.text or dropped
             self._hint = "queued turn dropped"
         elif session.stop():
             self._refresh()
         elif buffer.text or self.editing or self.attached:
             buffer.reset()
             self.editing, self.attached = None, []
+            self._hint = "input dropped"
         else:
             self._hint = "nothing to stop; Ctrl-D leaves"
         self.screen.invalidate()
@@ -193,39 +197,20 @@ class Repl:
     def _refresh(self) -> None:
         """Fetch what the engine has made, print whole lines, repaint what grows."""
         session = self.session
-        is_changed = self.library.pump() or session.last_reply is not self._seen_reply
-        waits_for = session.waits_for
-        if not is_changed and waits_for == self._waits_for:
+        is_changed = self.library.pump()
+        output, waits_for = session.take_output(), session.waits_for
+        if not is_changed and not output and waits_for == self._waits_for:
             return
         self._measure()
-        self._feed.add(session.take_output())
-        if session.last_reply is not self._seen_reply:
-            self._end_reply()
+        self._feed.add(output)
+        if not session.is_working:
+            self._feed.end()
         self._waits_for = waits_for
         self.screen.tail = ("dim", waits_for) if waits_for else self._feed.tail
         if lines := self._feed.take_lines():
             self.show.lines(lines)
         else:
             self.screen.invalidate()
-
-    def _end_reply(self) -> None:
-        """A reply is over; the turn that was queued behind it, if any, is asked by now."""
-        session = self.session
-        stats = self._seen_reply = session.last_reply
-        assert stats is not None
-        remarks = []
-        if stats.finish_reason == "abort":
-            remarks.append("stopped")
-        elif stats.finish_reason == "length" and session.num_context_tokens < session.max_context:
-            remarks.append(f"cut at {stats.num_generated_tokens:,} tokens")
-        elif not stats.num_generated_tokens:
-            remarks.append("empty reply")
-        if stats.num_recomputed_tokens:
-            remarks.append(f"{stats.num_recomputed_tokens:,} tokens of history recomputed")
-        self._feed.add(Chunk("notice", remark) for remark in remarks)
-        self._feed.end()
-        if session.is_working:
-            self._feed.lines += views.user_lines(session.messages[-2].content)
 
     def _measure(self) -> None:
         self._stats = self.runtime.engine.stats()
@@ -241,7 +226,9 @@ class Repl:
             rate = (after - before) / max(end - start, REFRESH_S)
         text = views.toolbar(self.library, self._stats, rate)
         editing = "editing the last turn" if self.editing is self.session else ""
-        return "  ".join(filter(None, (text, editing, self._hint)))
+        attached = f"attached {len(self.attached)}" if self.attached else ""
+        # first what is passing: a narrow terminal cuts the end
+        return "  ".join(filter(None, (self._hint, editing, attached, text)))
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Whatever goes wrong is one line on the screen."""
