@@ -90,9 +90,13 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
     has_screen = sys.stdin.isatty() and sys.stdout.isatty() and _term() != "dumb"
     has_input = not (is_batch and sys.stdin.isatty())
     turns = read_turns(flags["prompt"], flags["file"], sys.stdin.buffer if has_input else None)
-    runtime = open_runtime(options, show.progress)
     if has_screen and not is_batch:
-        os._exit(_chat(runtime, show.use_color))  # whatever long step the engine is in
+        from kvchat.terminal.typeahead import keep_keys
+
+        with keep_keys(sys.stdin.fileno()):
+            code = _chat(open_runtime(options, show.progress), show.use_color)
+        os._exit(code)  # whatever long step the engine is in
+    runtime = open_runtime(options, show.progress)
     for warning in runtime.warnings:
         show.note(f"warning: {warning}")
     try:

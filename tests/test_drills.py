@@ -81,6 +81,10 @@ class Terminal:
         self.reads()
         return self.process.returncode
 
+    def is_cooked(self):
+        """The terminal itself edits lines, as before the program took over."""
+        return bool(termios.tcgetattr(self._slave)[3] & termios.ICANON)
+
     def is_sane(self):
         """Modes as they were, cursor visible, no bracketed paste, no alternate screen."""
         private = {mode >> 5 for mode in self.screen.mode}
@@ -126,6 +130,17 @@ def test_typing_goes_on_while_three_sessions_stream(arguments):
         assert terminal.ends() == 0
         assert terminal.is_sane()
         assert "Traceback" not in terminal.text()
+
+
+def test_what_is_typed_while_the_model_loads_is_a_turn_and_not_echoed(arguments):
+    with Terminal(*arguments) as terminal:
+        terminal.waits_until(lambda: not terminal.is_cooked(), "key by key input")
+        assert "chat-1" not in terminal.text()
+        terminal.types("early bird\r")
+        terminal.sees("> early bird")
+        terminal.sees("1 working")
+
+        assert terminal.text().count("early bird") == 1
 
 
 def test_a_line_without_a_break_is_repainted_ten_times_a_second_whatever_happens(arguments):
