@@ -229,6 +229,19 @@ def test_an_unknown_command_names_the_nearest():
     )
 
 
+@pytest.mark.parametrize(
+    "line", ["/clear screen", "/redo 2", "/exit now", "/stop al", "/show promt", "/think maybe"]
+)
+def test_an_argument_that_means_nothing_does_nothing(line):
+    async def script(person):
+        await person.says("hello", "Hi!")
+        await person.types(line + "\r")
+        await person.sees(f"> {line}\nerror: {line.split()[0]}")
+        assert len(person.repl.session.messages) == 2
+
+    _chat(script)
+
+
 def test_a_full_context_is_said_before_anything_is_cut():
     async def script(person):
         await person.says("hello", "x" * 200)
@@ -452,7 +465,7 @@ def test_settings():
         for line, answer in (
             ("/set temp 0.5", "temp = 0.5"),
             ("/set temp hot", 'error: temp cannot be "hot"'),
-            ("/show params", "seed = 7"),
+            ("/show", "seed = 7"),
             ("/system Be brief.", "system: Be brief."),
             ("/rename talk", "talk  "),
             ("/think on", "error: this model's template"),
@@ -494,8 +507,14 @@ def test_all_and_fan_ask_many_chats():
         assert [r.seed for r in person.engine.requests[-3:]] == [5, 5, 5]
         person.engine.run()
         await person.sees("unread chat-1, chat-2.1, chat-2.2...")
-        await person.types("/fan 3 temp=0,1 no\r")
-        await person.sees("error: temp has 2 values for 3 chats")
+        for line, error in (
+            ("/fan 3 temp=0,1 no", "error: temp has 2 values for 3 chats"),
+            ("/fan 2 temp=1", "error: nothing to send"),
+            ("/fan 65 hello", 'error: "65" is not a number from 1 to 64'),
+        ):
+            await person.types(line + "\r")
+            await person.sees(error)
+        assert len(person.engine.requests) == 5
 
     _chat(script)
 
@@ -503,6 +522,7 @@ def test_all_and_fan_ask_many_chats():
 def test_read_puts_a_file_before_the_next_turn(state):
     (state / "notes.txt").write_text("alpha\nbeta\n")
     (state / "bad.bin").write_bytes(b"ok\xff")
+    os.mkfifo(state / "fifo")
 
     async def script(person):
         await person.types("/read notes.txt\r")
@@ -511,6 +531,10 @@ def test_read_puts_a_file_before_the_next_turn(state):
         await person.sees("bad.bin is not UTF-8 text: byte 0xff at offset 2")
         await person.types("/read none.txt\r")
         await person.sees("No such file")
+        await person.types("/read fifo\r")
+        await person.sees("fifo: not a file")
+        await person.types("/read ~nobody-has-this-name/x\r")
+        await person.sees("error: ~nobody-has-this-name/x: Could not determine home")
         await person.says("sum up", "Letters.")
         assert person.repl.session.messages[0].content == "alpha\nbeta\nsum up"
 

@@ -118,7 +118,7 @@ def send_all(repl: Repl, argument: str) -> None:
 def fan(repl: Repl, argument: str) -> None:
     count, _, rest = argument.partition(" ")
     arms: list[dict[str, str]] = [{} for _ in range(_number(count, MAX_ARMS))]
-    while found := re.match(r"([a-z_]+)=(\S+)\s+", rest):
+    while found := re.match(r"([a-z_]+)=(\S+)(?:\s+|$)", rest):
         name, values = found[1], found[2].split(",")
         if name not in (*OPTIONS, "seed", "think"):
             break
@@ -133,8 +133,12 @@ def fan(repl: Repl, argument: str) -> None:
 
 @command("/read FILE", "put a file's text before the next turn", "file")
 def read(repl: Repl, argument: str) -> None:
-    with _file_errors(argument), Path(argument).expanduser().open("rb") as file:
-        text = decode_turn(file.read(MAX_TURN_BYTES + 1), quoted(argument))
+    with _file_errors(argument):
+        path = Path(argument).expanduser()
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{quoted(argument)}: not a file")  # a FIFO might never end
+        with path.open("rb") as file:
+            text = decode_turn(file.read(MAX_TURN_BYTES + 1), quoted(argument))
     text = text.replace("\r\n", "\n").rstrip("\n")
     repl.attached.append(text)
     num_lines = text.count("\n") + 1
@@ -219,12 +223,12 @@ def copy(repl: Repl, argument: str) -> None:
 
 @command("/export FILE", "write this chat to a new .md or .jsonl file", "file")
 def export(repl: Repl, argument: str) -> None:
-    path = Path(argument).expanduser()
     writers = {".md": repl.session.export_markdown, ".jsonl": repl.session.export_jsonl}
-    if path.suffix not in writers:
-        raise UsageError(f"{quoted(path.name)}: the name must end in .md or .jsonl")
-    with _file_errors(argument), path.open("x", encoding="utf-8") as file:
-        file.write(writers[path.suffix]())
+    write = writers.get(Path(argument).suffix)
+    if write is None:
+        raise UsageError(f"{quoted(argument)}: the name must end in .md or .jsonl")
+    with _file_errors(argument), Path(argument).expanduser().open("x", encoding="utf-8") as file:
+        file.write(write())
     repl.say(f"wrote {argument}")
 
 
@@ -247,8 +251,9 @@ def exit_(repl: Repl, argument: str) -> None:
 def _file_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"{quoted(name)}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a ~name that is nobody's
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{quoted(name)}: {reason}") from error
 
 
 def _number(text: str, limit: int = 1 << 20) -> int:

@@ -20,8 +20,8 @@ Words = tuple[str, ...] | Literal["file", "session"]
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command. `usage` is its argument, in brackets if it may be left out; `words` is
-    what completion offers for it."""
+    """A slash command. `usage` is its argument, in brackets if it may be left out, the very words
+    if in lower case; `words` is what completion offers for it."""
 
     name: str
     usage: str
@@ -29,6 +29,13 @@ class Command:
     run: Callable[..., None]
     words: Words
     aliases: tuple[str, ...]
+
+    def accepts(self, argument: str) -> bool:
+        """It can make sense of this argument, as far as its usage tells."""
+        if not argument:
+            return not self.usage or self.usage.startswith("[")
+        words = self.usage.strip("[]").split("|")
+        return argument in words if self.usage.islower() else bool(self.usage)
 
 
 class Registry:
@@ -60,9 +67,10 @@ class Registry:
             near = difflib.get_close_matches(name[:64], self._by_name, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else "/help lists them all"
             raise UsageError(f"unknown command {one_line(name, 40)}; {hint}")
-        if not argument.strip() and found.usage and not found.usage.startswith("["):
-            raise UsageError(f"{found.name} {found.usage}: {found.help}")
-        found.run(target, argument.strip())
+        argument = argument.strip()
+        if not found.accepts(argument):
+            raise UsageError(f"{found.name} {found.usage or 'stands alone'}: {found.help}")
+        found.run(target, argument)
 
     def words(self, name: str) -> Words:
         """What may follow a command."""
