@@ -1,0 +1,2 @@
+"""Data, training and measurement of the chat model that ships with kvchat. Nothing in kvchat
+imports this."""

@@ -1,0 +1,274 @@
+"""Facts a user may state and ask for: families with their phrasings, and one fact drawn from a
+family.
+
+In what this module returns, each word of a value is marked with VALUE, so that its tokens can be
+weighted.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from .phrases_file import (
+    PHRASES,
+    Slots,
+    Template,
+    capital,
+    expand,
+    frames,
+    parse,
+    pick,
+    with_articles,
+)
+from .values import OPEN_KINDS, draw_value, draw_word
+
+VALUE = "\x01"  # stands before each word of a value
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    keys: tuple[tuple[str, str], ...]  # how the user and how the assistant call the thing
+    kind: str
+    nouns: tuple[Template, ...]  # the fact as a noun phrase, for phrasings that fit any fact
+    clauses: tuple[Template, ...]
+    statements: tuple[Template, ...]
+    questions: tuple[Template, ...]
+    held_statements: tuple[Template, ...]
+    held_questions: tuple[Template, ...]
+    answers: tuple[Template, ...]
+    reversed_questions: tuple[Template, ...]
+    reversed_answers: tuple[Template, ...]
+
+    @property
+    def is_open(self) -> bool:
+        return self.kind in OPEN_KINDS
+
+
+@dataclass(frozen=True)
+class Fact:
+    family: Family
+    user_key: str
+    assistant_key: str
+    value: str
+
+    def slots(self) -> Slots:
+        return {
+            "k": self.user_key,
+            "K": capital(self.user_key),
+            "y": self.assistant_key,
+            "Y": capital(self.assistant_key),
+            "v": mark(self.value),
+        }
+
+    def with_value(self, value: str) -> "Fact":
+        return Fact(self.family, self.user_key, self.assistant_key, value)
+
+
+def mark(value: str) -> str:
+    return " ".join(VALUE + word for word in value.split(" "))
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    text = (PHRASES / "facts.txt").read_text(encoding="utf-8")
+    blocks = [block for block in text.split("\n\n") if block.startswith("family")]
+    return tuple(_family(block.strip().splitlines()) for block in blocks)
+
+
+def _family(lines: list[str]) -> Family:
+    fields: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        field, value = line.split(": ", 1)
+        fields.setdefault(field, []).append(value)
+    keys = [key.split(" / ") for key in fields["k"]]
+
+    def templates(field: str) -> tuple[Template, ...]:
+        return tuple(parse(text) for text in fields.get(field, []))
+
+    return Family(
+        lines[0].split()[1],
+        tuple((key[0], key[-1]) for key in keys),
+        fields["v"][0],
+        templates("n"),
+        templates("w"),
+        templates("S"),
+        templates("Q"),
+        templates("S?"),
+        templates("Q?"),
+        templates("A"),
+        templates("R"),
+        templates("T"),
+    )
+
+
+@cache
+def _weighted_families() -> tuple[Family, ...]:
+    """Families as often as they have keys, the user's own name more often: every chat has one."""
+    return tuple(
+        family
+        for family in families()
+        for _ in range(min(len(family.keys), 12) if family.name != "own_name" else 8)
+    )
+
+
+def draw_fact(rng: Random, family: Family | None = None, held_out: bool = False) -> Fact:
+    family = family or pick(_weighted_families(), rng)
+    user_key, assistant_key = pick(family.keys, rng)
+    if "@name" in user_key:
+        name = draw_value("name", rng, held_out)
+        user_key, assistant_key = (
+            user_key.replace("@name", name),
+            assistant_key.replace("@name", name),
+        )
+    elif "{" in user_key:
+        user_key = assistant_key = expand(parse(user_key), rng, {}, draw_word)
+    return Fact(family, user_key, assistant_key, draw_value(family.kind, rng, held_out))
+
+
+def draw_facts(rng: Random, count: int, held_out: bool = False) -> list[Fact]:
+    """Facts about different things: no two answer the same question."""
+    facts: dict[tuple[str, str], Fact] = {}
+    for _ in range(count * 3):
+        fact = draw_fact(rng, held_out=held_out)
+        facts.setdefault((fact.family.name, fact.user_key), fact)
+        if len(facts) == count:
+            break
+    return list(facts.values())
+
+
+def frame(name: str, rng: Random, slots: Slots | None = None) -> str:
+    return expand(pick(frames("frames.txt")[name], rng), rng, dict(slots or {}), draw_word)
+
+
+def _join(before: str, sentence: str) -> str:
+    """A lead-in that ends with a comma or colon is followed by a small letter, names and 'I'
+    excepted."""
+    if before.endswith((", ", ": ")) and sentence[1:2] not in (" ", "'") and sentence[:1] != VALUE:
+        first = sentence.split(" ", 1)[0].rstrip("'s")
+        if first in _SMALL_STARTS:
+            sentence = sentence[0].lower() + sentence[1:]
+    return before + sentence
+
+
+_SMALL_STARTS = frozenset(
+    (
+        "My",
+        "The",
+        "We",
+        "They",
+        "For",
+        "What",
+        "Where",
+        "When",
+        "Who",
+        "Which",
+        "How",
+        "Do",
+        "Can",
+        "At",
+        "In",
+        "Our",
+        "Please",
+        "People",
+        "Everybody",
+        "Name",
+    )
+)
+
+
+def state(fact: Fact, rng: Random, unseen: bool = False) -> str:
+    """The user's sentence that states the fact. `unseen` takes a phrasing that training never
+    shows."""
+    core = _unseen(fact.family.held_statements, fact, rng) if unseen else _statement(fact, rng)
+    before = frame("fact_before_held" if unseen and rng.random() < 0.5 else "fact_before", rng)
+    return with_articles(_join(before, core) + frame("fact_after", rng))
+
+
+def _unseen(templates: tuple[Template, ...], fact: Fact, rng: Random) -> str:
+    return expand(pick(templates, rng), rng, fact.slots(), draw_word)
+
+
+def _general(fact: Fact, kind: str, rng: Random) -> str:
+    """One of the phrasings that fit any fact: kind is state, ask or clause."""
+    slots = fact.slots()
+    noun = expand(
+        pick(fact.family.clauses if kind == "clause" else fact.family.nouns, rng),
+        rng,
+        slots,
+        draw_word,
+    )
+    slots |= {"n": noun, "N": capital(noun), "w": noun}
+    return expand(pick(frames("asking.txt")[kind], rng), rng, slots, draw_word)
+
+
+def _statement(fact: Fact, rng: Random) -> str:
+    if fact.family.nouns and rng.random() < 0.3:
+        return _general(fact, "state", rng)
+    return expand(pick(fact.family.statements, rng), rng, fact.slots(), draw_word)
+
+
+def _question(fact: Fact, rng: Random) -> str:
+    chance = rng.random()
+    if fact.family.nouns and chance < 0.35:
+        return _general(fact, "ask", rng)
+    if chance < 0.5:
+        return _general(fact, "clause", rng)
+    return expand(pick(fact.family.questions, rng), rng, fact.slots(), draw_word)
+
+
+def state_both(first: Fact, second: Fact, rng: Random) -> str:
+    """Two facts in one sentence, or in two."""
+    if rng.random() < 0.4:
+        return state(first, rng) + " " + state(second, rng)
+    cores = [_statement(fact, rng) for fact in (first, second)]
+    if cores[1].split(" ", 1)[0].rstrip("'s") in _SMALL_STARTS:
+        cores[1] = cores[1][0].lower() + cores[1][1:]
+    return with_articles(
+        cores[0].rstrip(".!?") + pick((" and ", ", and ", "; ", " but "), rng) + cores[1]
+    )
+
+
+def correct(fact: Fact, rng: Random) -> str:
+    core = _statement(fact, rng)
+    return with_articles(_join(frame("correct_before", rng), core))
+
+
+def ask(fact: Fact, rng: Random, unseen: bool = False) -> str:
+    core = _unseen(fact.family.held_questions, fact, rng) if unseen else _question(fact, rng)
+    before = frame("ask_before_held" if unseen and rng.random() < 0.5 else "ask_before", rng)
+    return _join(before, core) + frame("ask_after", rng)
+
+
+def answer(fact: Fact, rng: Random) -> str:
+    before = frame("answer_before", rng)
+    if rng.random() < 0.15:
+        return before + frame("answer_short", rng, fact.slots())
+    return before + full_answer(fact, rng)
+
+
+def full_answer(fact: Fact, rng: Random) -> str:
+    return with_articles(expand(pick(fact.family.answers, rng), rng, fact.slots(), draw_word))
+
+
+def acknowledge(fact: Fact, rng: Random, echo: bool) -> str:
+    """The assistant's word on a stated fact, with or without the value."""
+    if not echo:
+        return frame("fact_ack", rng)
+    if fact.family.name == "own_name":
+        return frame("name_ack", rng, fact.slots())
+    return frame("echo_ack", rng) + with_articles(
+        expand(fact.family.answers[0], rng, fact.slots(), draw_word)
+    )
+
+
+def reversed_question(fact: Fact, rng: Random) -> tuple[str, str]:
+    """From the value back to the thing: who is Velmora? The family must have such phrasings."""
+    slots = fact.slots() | {
+        "v": fact.value,
+        "y": mark(fact.assistant_key),
+        "Y": mark(capital(fact.assistant_key)),
+    }
+    question = expand(pick(fact.family.reversed_questions, rng), rng, slots, draw_word)
+    reply = expand(pick(fact.family.reversed_answers, rng), rng, slots, draw_word)
+    return question, reply
