@@ -181,10 +181,15 @@ def test_regen_and_edit_ask_again():
         await person.says(" and a half", "third")
         await person.says("/edit two", "fourth")
         assert [m.content for m in person.repl.session.messages] == ["two", "fourth"]
+        await person.says("three", "fifth")
+        await person.says("/edit 3", "sixth")
+        await person.types("/tree\r")
+        await person.sees("> /tree\n")
 
     assert _chat(script) == (
         "> one\nfirst\n\n> /regen\n> one\nsecond\n\n> /edit\n> one and a half\nthird\n\n"
-        "> /edit two\n> two\nfourth"
+        "> /edit two\n> two\nfourth\n\n> three\nfifth\n\n> /edit 3\n> 3\nsixth\n\n"
+        "> /tree\n- one\n- one\n- one and a half\n> two\n  - three\n  > 3"
     )
 
 

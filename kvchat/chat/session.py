@@ -66,11 +66,6 @@ class Session:
         return self._job.waits_for if self._job else ""
 
     @property
-    def branch(self) -> int:
-        """The number of the random stream here; another try at a turn gets a new one."""
-        return self._leaf.branch
-
-    @property
     def messages(self) -> list[Message]:
         """From the system text to here; a reply being made is there as far as it has come."""
         messages = self._messages(self._leaf)

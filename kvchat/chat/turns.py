@@ -73,13 +73,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TreeRow:
-    """One line of a drawn tree; depth 0 are the first turns."""
+    """One line of a drawn tree; `depth` is how often the path to it has parted from others."""
 
     depth: int
     user: str
-    branch: int
     is_on_path: bool  # from the root to where the session stands
-    is_current: bool
 
 
 def tree_rows(root: Turn, leaf: Turn) -> Iterator[TreeRow]:
@@ -88,5 +86,6 @@ def tree_rows(root: Turn, leaf: Turn) -> Iterator[TreeRow]:
     todo = [(0, turn) for turn in reversed(root.children)]
     while todo:
         depth, turn = todo.pop()
-        yield TreeRow(depth, turn.user, turn.branch, id(turn) in on_path, turn is leaf)
-        todo += [(depth + 1, child) for child in reversed(turn.children)]
+        yield TreeRow(depth, turn.user, id(turn) in on_path)
+        below = depth + (len(turn.children) > 1)
+        todo += [(below, child) for child in reversed(turn.children)]

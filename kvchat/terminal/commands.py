@@ -82,6 +82,11 @@ def redo(repl: Repl, argument: str) -> None:
     repl.look()
 
 
+@command("/tree", "every turn of this chat, those that were replaced too")
+def tree(repl: Repl, argument: str) -> None:
+    repl.show.lines(views.tree_lines(repl.session.tree()))
+
+
 @command("/regen", "ask the last turn again")
 def regen(repl: Repl, argument: str) -> None:
     repl.session.regen()

@@ -11,10 +11,11 @@ from kvchat.chat.library import Library
 from kvchat.chat.messages import Message
 from kvchat.chat.runtime import Runtime
 from kvchat.chat.session import ReplyStats
+from kvchat.chat.turns import TreeRow
 from kvchat.engine.build import EngineFacts
 from kvchat.engine.stats import BlockOwner, EngineStats
 from kvchat.kv.planner import format_size
-from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment
+from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment, one_line
 
 Line = list[Fragment]
 
@@ -106,6 +107,15 @@ def exchange_lines(messages: Sequence[Message]) -> list[Line]:
             lines += [[("dim", line)] for line in message.reasoning.strip().split("\n")]
         lines += [[("", line)] for line in message.content.strip("\n").split("\n")]
         lines.append([])
+    return lines
+
+
+def tree_lines(rows: Iterable[TreeRow]) -> list[Line]:
+    """/tree: what was asked, one step in where ways part; ">" leads to where the session stands."""
+    lines: list[Line] = []
+    for row in rows:
+        style, mark = ("", ">") if row.is_on_path else ("dim", "-")
+        lines.append([(style, f"{'  ' * row.depth}{mark} {one_line(row.user, 60)}")])
     return lines
 
 
