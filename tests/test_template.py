@@ -123,20 +123,20 @@ def test_a_base_models_prompt_is_bos_and_the_text():
     assert ids_of(chat_format, [Message("user", text)]) == [1, *tokenizer.encode(text)]
 
 
-def test_ends_of_turns_come_from_the_template_and_the_models_files():
+def test_a_reply_ends_with_what_template_and_files_say_or_where_another_text_begins():
     def ends(kind, template=None, name=None, **fields):
         chat_format = load(kind, template, name, **fields)
         texts = {m.token_id: t for t, m in chat_format.tokenizer.markers.items()}
         return {texts[i] for i in chat_format.stop_token_ids}, chat_format.stop_strings
 
-    assert ends("byte_level", TEMPLATES["llama3"]) == ({"</s>", "<|eot_id|>"}, ())
-    assert ends("byte_level", CHATML) == ({"</s>", "<|im_end|>"}, ())
-    assert ends("byte_level", LLAMA2) == ({"</s>"}, ())
-    assert ends("byte_level", TEMPLATES["alpaca"]) == ({"</s>"}, ("### Instruction:",))
-    assert ends("sentencepiece", name="chatml") == ({"</s>"}, ("<|im_end|>",))
-    assert ends("byte_level", name="plain") == ({"</s>"}, ())
-    eos = {"config": {"eos_token_id": 1}, "generation_config": {"eos_token_id": [1, 5]}}
-    assert load("sentencepiece", **eos).stop_token_ids == {1, 2, 5}
+    assert ends("byte_level", TEMPLATES["llama3"]) == ({"<s>", "</s>", "<|eot_id|>"}, ())
+    assert ends("byte_level", CHATML) == ({"<s>", "</s>", "<|im_end|>"}, ())
+    assert ends("byte_level", LLAMA2) == ({"<s>", "</s>"}, ())
+    assert ends("byte_level", TEMPLATES["alpaca"]) == ({"<s>", "</s>"}, ("### Instruction:",))
+    assert ends("sentencepiece", name="chatml") == ({"<s>", "</s>"}, ("<|im_end|>",))
+    assert ends("byte_level", name="plain") == ({"<s>", "</s>"}, ())
+    eos = {"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": [1, 5]}}
+    assert load("sentencepiece", **eos).stop_token_ids == {1, 2, 5, 7}
 
 
 def test_sampling_defaults_come_from_generation_config():

@@ -185,15 +185,16 @@ def load_chat_format(source: ModelSource, tokenizer: Tokenizer, name: str | None
     else:
         name = name or PLAIN
         chat_format = ChatFormat(name, BUILTIN_FORMATS[name], tokenizer, sandbox.render)
-    chat_format.stop_token_ids |= _eos_ids(source, tokenizer)
+    chat_format.stop_token_ids |= _end_ids(source, tokenizer)
     chat_format.sampling_defaults = generation_defaults(source.generation_config)
     return chat_format
 
 
-def _eos_ids(source: ModelSource, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every id that one of the model's files calls the end of a text."""
-    eos = tokenizer.markers.get(tokenizer.special.get("eos_token", ""))
-    ids: list[object] = [eos.token_id] if eos else []
+def _end_ids(source: ModelSource, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every id that one of the model's files calls the end of a text, and BOS: base models say it
+    between two texts."""
+    texts = [tokenizer.special.get(name, "") for name in ("eos_token", "bos_token")]
+    ids: list[object] = [tokenizer.markers[t].token_id for t in texts if t in tokenizer.markers]
     for config in (source.config, source.generation_config):
         named = config.get("eos_token_id")
         ids += named if isinstance(named, list) else [named]
