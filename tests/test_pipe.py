@@ -47,7 +47,8 @@ def test_what_a_reply_says_is_made_safe():
 def test_reasoning_stays_out_of_stdout():
     out, err = _answers(["a"], ["<think>\nhm\n</think>\n\nYes."], template=QWEN3)
 
-    assert (out, err) == ("Yes.\n", "")
+    assert (out, err) == ("Yes.\n", "hm\n\n")
+    assert _answers(["a"], ["<think>\nhm"], template=QWEN3) == ("\n", "hm\n")
 
 
 def test_a_full_context_is_said_on_stderr():

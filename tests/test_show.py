@@ -165,10 +165,11 @@ def test_answers_go_to_stdout_and_the_rest_to_stderr():
     show.answer("wer\r", is_last=True)
     show.note("a note")
     show.error("went\nwrong")
+    show.thought("hm\x1b")
     show.progress("loading", 1, 2)
 
     assert out.getvalue() == "an answer\\x0d"
-    assert err.getvalue() == "a note\nerror: went wrong\n"
+    assert err.getvalue() == "a note\nerror: went wrong\nhm\\x1b"
 
 
 def test_the_progress_bar_redraws_itself_and_disappears():
@@ -179,7 +180,21 @@ def test_the_progress_bar_redraws_itself_and_disappears():
     show.progress("loading", 1, 2)
     show.progress("loading", 2, 2)
 
-    assert err.getvalue() == f"\rloading [{'#' * 12}{'.' * 12}] 50%\x1b[K\r\x1b[K"
+    clear = "\r\x1b[?7l\x1b[K\x1b[?7h"
+    assert err.getvalue() == f"\r\x1b[?7lloading [{'#' * 12}{'.' * 12}] 50%\x1b[K\x1b[?7h{clear}"
+
+
+def test_the_progress_bar_takes_one_row_of_any_terminal():
+    err = io.StringIO()
+    show = Show(io.StringIO(), err, is_live=True)
+    for done in range(100):
+        show.progress("a long label for a small terminal", done, 100)
+    screen = pyte.Screen(20, 5)
+
+    pyte.Stream(screen).feed(err.getvalue())
+
+    assert screen.cursor.y == 0
+    assert [line.strip() for line in screen.display[1:]] == [""] * 4
 
 
 def test_the_clipboard_takes_what_terminals_take():

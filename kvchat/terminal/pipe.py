@@ -72,12 +72,17 @@ def answer_turns(show: Show, library: Library, turns: Iterable[str]) -> None:
 def _answer(show: Show, library: Library, turn: str) -> None:
     session = library.current
     session.send(turn)
-    is_working, last, notices = True, "", list[str]()
+    is_working, is_thinking, last, notices = True, False, "", list[str]()
     while is_working:
         library.pump(timeout=PUMP_S)
         is_working = session.is_working
         for chunk in session.take_output():
-            if chunk.kind == "answer":
+            if is_thinking and chunk.kind != "reasoning":
+                show.thought("\n")
+            is_thinking = chunk.kind == "reasoning"
+            if is_thinking:
+                show.thought(chunk.text)
+            elif chunk.kind == "answer":
                 last = chunk.text
                 show.answer(chunk.text)
             elif chunk.kind == "notice":

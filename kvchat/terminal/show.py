@@ -56,10 +56,11 @@ def one_line(text: str, limit: int = MAX_LINE) -> str:
 
 def styled(fragments: Iterable[Fragment], use_color: bool) -> str:
     """The fragments as one safe string, with SGR codes around each styled one if `use_color`."""
-    return "".join(
-        f"\x1b[{STYLES[style]}m{sanitise(text)}\x1b[0m" if style and use_color else sanitise(text)
-        for style, text in fragments
-    )
+    return "".join(_painted(style, sanitise(text), use_color) for style, text in fragments)
+
+
+def _painted(style: str, safe: str, use_color: bool) -> str:
+    return f"\x1b[{STYLES[style]}m{safe}\x1b[0m" if style and safe and use_color else safe
 
 
 class Sink(Protocol):
@@ -102,6 +103,7 @@ class Show:
         self._out, self._err = out, err
         self._is_live = is_live
         self._streaming = StreamSanitiser()
+        self._thinking = StreamSanitiser()
         self._bar = ""
 
     def answer(self, text: str, is_last: bool = False) -> None:
@@ -110,6 +112,11 @@ class Show:
         self._out.flush()
         if is_last:
             self._streaming = StreamSanitiser()
+
+    def thought(self, text: str) -> None:
+        """A piece of what a model thinks before it answers: no answer, so on `err`."""
+        self._err.write(_painted("dim", self._thinking.feed(text), self.use_color))
+        self._err.flush()
 
     def lines(self, lines: Iterable[Iterable[Fragment]]) -> None:
         """Whole lines of an answer, styled."""
@@ -137,7 +144,7 @@ class Show:
         bar = f"{one_line(label, 40)} [{filled:.<{BAR_WIDTH}}] {percent}%" if done < total else ""
         if bar != self._bar:
             self._bar = bar
-            self._err.write(f"\r{bar}\x1b[K")
+            self._err.write(f"\r\x1b[?7l{bar}\x1b[K\x1b[?7h")  # a narrow terminal cuts it
             self._err.flush()
 
     def clipboard(self, text: str) -> bool:
