@@ -35,9 +35,7 @@ def main() -> None:
         run(python, "-m", "pip", "install", "-q", torch, cwd=folder)
         run(python, "-m", "pip", "install", "-q", "-c", constraints, wheel, cwd=folder)
         print(f"wheel: {wheel.name}, {run(kvchat, '--version', cwd=folder).strip()}")
-        model = folder / "model"
-        run(sys.executable, ROOT / "tests" / "tiny_model.py", model, cwd=folder)
-        reply = run(kvchat, "run", model, "-p", "hello", "-n", "8", "--temp", "0", cwd=folder)
+        reply = run(kvchat, "run", "-p", "Hello!", "--temp", "0", cwd=folder)
         if not reply.strip():
             sys.exit("check_wheel: the chat answered nothing")
         print(f"wheel: a chat from another folder answers {reply.strip()!r}")

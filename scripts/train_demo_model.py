@@ -6,6 +6,8 @@ tokenizer   train a new tokenizer first (the shipped weights need the shipped on
 train       run one stage: short, middle, long, final, each resuming from the one before
 export      write the model's folder from a checkpoint
 evaluate    print every figure of the model card
+agree       the same recall items through kvchat's pool and through transformers
+transcripts the card's conversations, held in kvchat
 
   python scripts/train_demo_model.py corpus
   python scripts/train_demo_model.py train --stage short
@@ -69,16 +71,26 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from demo_model.evaluate import Material, evaluate, transcripts, wrong_answers
+    from demo_model.evaluate import Material, evaluate, wrong_answers
 
     material = Material(
         args.model, args.data, args.dialogues, _held_out(args), args.seed, args.items, args.workers
     )
-    if not args.transcripts_only:
-        figures = evaluate(material)
-        args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figures = evaluate(material)
+    args.figures.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if args.wrong:
         wrong_answers(material, args.wrong)
+
+
+def _agree(args: argparse.Namespace) -> None:
+    from demo_model.through_kvchat import compare_recall
+
+    compare_recall(args.model, _held_out(args), args.items, args.workers)
+
+
+def _transcripts(args: argparse.Namespace) -> None:
+    from demo_model.through_kvchat import transcripts
+
     print(transcripts(args.model, args.model / "transcript_turns.json", range(1, 11)))
 
 
@@ -104,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=Path, required=True, help="a checkpoint, or the common name of its parts"
     )
     _add_evaluate(commands.add_parser("evaluate", help="print every figure of the model card"))
+    agree = commands.add_parser("agree", help="compare kvchat's answers with transformers'")
+    agree.set_defaults(run=_agree)
+    agree.add_argument("--items", type=int, default=100, help="recall items per distance")
+    agree.add_argument("--workers", type=int, default=2, help="processes that write items")
+    talk = commands.add_parser("transcripts", help="hold the card's conversations in kvchat")
+    talk.set_defaults(run=_transcripts)
     return parser
 
 
@@ -115,7 +133,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--figures", type=Path, default=BUILD / "figures.json", help="where the figures go as JSON"
     )
     parser.add_argument("--wrong", type=int, default=0, help="also print this many wrong answers")
-    parser.add_argument("--transcripts-only", action="store_true")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

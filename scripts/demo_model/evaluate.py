@@ -1,16 +1,12 @@
-"""Every figure of the model card from an exported folder: perplexity, recall, turn discipline,
-transcripts."""
+"""Every figure of the model card from an exported folder: perplexity, recall, turn discipline."""
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .corpus import Encoded, held_out_dialogues
-from .decoding import Sampling
-from .discipline import DEFAULT_SAMPLING, converse, discipline_figures, user_turns
+from .discipline import DEFAULT_SAMPLING, discipline_figures, user_turns
 from .export import load_exported
 from .llama import Llama
 from .perplexity import counted_text, domains, perplexities
@@ -77,20 +73,6 @@ def _number(value: float) -> str:
     if isinstance(value, int) or (value > 1 and value == int(value)):
         return str(int(value))
     return f"{value:.2f}" if value > 1.5 else f"{value:.4f}"
-
-
-def transcripts(model_folder: Path, turns: Path, seeds: Iterable[int]) -> str:
-    """The fixed user turns, one conversation per seed, at the default settings."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_exported(model_folder, device, torch.float32)
-    encoder = Encoder(model_folder / "tokenizer.model")
-    out: list[str] = []
-    for seed, user in zip(seeds, json.loads(turns.read_text(encoding="utf-8")), strict=True):
-        sampling = Sampling(DEFAULT_SAMPLING.temperature, DEFAULT_SAMPLING.top_p, seed * 1000)
-        out.append(f"\n### {seed}\n")
-        for (reply,) in converse(model, encoder, [user], sampling):
-            out += [f"**You:** {reply.said}  ", f"**Sprout:** {reply.text}  "]
-    return "\n".join(out)
 
 
 def wrong_answers(material: Material, limit: int) -> None:
