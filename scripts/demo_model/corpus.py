@@ -45,6 +45,9 @@ _CLAIM = re.compile(
     r"on (?:its|the) way|will be (?:out|ready))\b",
     re.I,
 )
+_INTRODUCTION = re.compile(
+    r"(?i:my name|call me|meet you|you can call)|\b(?:I'm|I am|This is|It's|it's) [A-Z][a-z]+\b"
+)
 _FIRST_PERSON = re.compile(r"\b(I|me|my|mine|myself|we|our|us|I'm|I've|I'd|I'll|too|Me)\b")
 _LISTENER = re.compile(
     r"(I'm|I am) (so |really |very )?(sorry|glad|happy) (to hear|that|you|for you)[^.!?]*[.!?]|"
@@ -116,7 +119,14 @@ def _pairs(turns: list[Turn]) -> Iterator[Dialogue]:
         rest = _LISTENER.sub("", reply.text)
         if said.text.endswith("?") or _FIRST_PERSON.search(rest) or len(reply.text) < 6:
             continue
+        if introduces(said.text) or introduces(reply.text):
+            continue
         yield Dialogue("pair", (Turn("user", said.text), Turn("assistant", reply.text)))
+
+
+def introduces(text: str) -> bool:
+    """Whether a name may be told here. Such talk as mere filler would teach to ignore names."""
+    return _INTRODUCTION.search(text) is not None
 
 
 @cache
@@ -137,7 +147,7 @@ def _answered(turns: list[Turn]) -> Iterator[Dialogue]:
             (replies for rule, replies in _rules() if questions and rule.search(questions[-1])),
             None,
         )
-        if rule:
+        if rule and not introduces(turn.text):
             rng = Random(crc32(turn.text.encode()))
             reply = expand(pick(rule, rng), rng, {}, draw_word)
             yield Dialogue(
@@ -202,6 +212,7 @@ class Encoded:
     turn_starts: np.ndarray  # int64, one more than turns
     dialogue_starts: np.ndarray  # int64 indices into turn_starts, one more than dialogues
     sources: np.ndarray  # uint8 index into SOURCES, per dialogue
+    introductions: np.ndarray  # bool per turn
 
     def save(self, path: Path) -> None:
         np.savez_compressed(path, **vars(self))
@@ -225,6 +236,10 @@ class Encoded:
         start = int(self.dialogue_starts[dialogue]) + first
         return slice(int(self.turn_starts[start]), int(self.turn_starts[start + count]))
 
+    def has_introduction(self, dialogue: int, first: int, count: int) -> bool:
+        start = int(self.dialogue_starts[dialogue]) + first
+        return bool(self.introductions[start : start + count].any())
+
     def whole(self, dialogue: int) -> slice:
         return self.span(dialogue, 0, self.num_turns(dialogue))
 
@@ -233,7 +248,7 @@ def encode_dialogues(dialogues: Iterator[Dialogue], encoder: Encoder) -> Encoded
     """Both sides of a real dialogue are learned, the user's as well as the assistant's; a
     listener's reply more than that."""
     row = Row(encoder)
-    turn_starts, dialogue_starts, sources = [0], [0], []
+    turn_starts, dialogue_starts, sources, introductions = [0], [0], [], []
     for dialogue in dialogues:
         for i, turn in enumerate(dialogue.turns):
             row.add(turn)
@@ -245,6 +260,7 @@ def encode_dialogues(dialogues: Iterator[Dialogue], encoder: Encoder) -> Encoded
             start = turn_starts[-1]
             row.weights[start + 1 :] = bytes((weight,)) * (len(row) - start - 1)
             turn_starts.append(len(row))
+            introductions.append(introduces(turn.text))
         dialogue_starts.append(len(turn_starts) - 1)
         sources.append(SOURCES.index(dialogue.source))
     return Encoded(
@@ -253,4 +269,5 @@ def encode_dialogues(dialogues: Iterator[Dialogue], encoder: Encoder) -> Encoded
         np.array(turn_starts, np.int64),
         np.array(dialogue_starts, np.int64),
         np.array(sources, np.uint8),
+        np.array(introductions, bool),
     )

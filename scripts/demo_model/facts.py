@@ -22,6 +22,7 @@ from .phrases_file import (
 )
 from .values import OPEN_KINDS, draw_value, draw_word
 
+PLAIN_SHARE = 0.5  # of statements and questions: nothing said before or after
 VALUE = "\x01"  # stands before each word of a value
 
 
@@ -181,6 +182,8 @@ def state(fact: Fact, rng: Random, unseen: bool = False) -> str:
     """The user's sentence that states the fact. `unseen` takes a phrasing that training never
     shows."""
     core = _unseen(fact.family.held_statements, fact, rng) if unseen else _statement(fact, rng)
+    if not unseen and rng.random() < PLAIN_SHARE:
+        return with_articles(capital(core))
     before = frame("fact_before_held" if unseen and rng.random() < 0.5 else "fact_before", rng)
     return with_articles(_join(before, core) + frame("fact_after", rng))
 
@@ -236,6 +239,8 @@ def correct(fact: Fact, rng: Random) -> str:
 
 def ask(fact: Fact, rng: Random, unseen: bool = False) -> str:
     core = _unseen(fact.family.held_questions, fact, rng) if unseen else _question(fact, rng)
+    if not unseen and rng.random() < PLAIN_SHARE:
+        return core
     before = frame("ask_before_held" if unseen and rng.random() < 0.5 else "ask_before", rng)
     return _join(before, core) + frame("ask_after", rng)
 

@@ -32,6 +32,7 @@ from .tokens import Encoder, Row
 
 MAX_DISTANCE = 3_800
 MIN_DISTANCE = 12
+_EXCERPT_TRIES = 6
 TAIL = 90  # tokens kept free at the end for the last question
 
 
@@ -80,6 +81,8 @@ def _fact_events(fact: Fact, length: int, rng: Random) -> list[Event]:
     """Statement and question, perhaps with an earlier wrong statement or a second question."""
     distance = draw_distance(rng, length - TAIL)
     start = rng.uniform(0, max(1, length - TAIL - distance))
+    if fact.family.name == "own_name" and rng.random() < 0.5:
+        start = 0  # people say their name first
     events = [Event(start + distance, _asked(fact, rng))]
     if rng.random() < 0.15:
         wrong = draw_fact(rng, fact.family)
@@ -258,12 +261,22 @@ class Generator:
         """2 to 8 turns from the middle of a real dialogue; turn 0 is its system message."""
         assert self.real is not None
         rng = self.rng
-        pool = self._sources["booking" if rng.random() < self.mix.booking_share else "persona"]
+        source = "booking" if rng.random() < self.mix.booking_share else "persona"
+        for _ in range(_EXCERPT_TRIES):
+            chosen, first, count = self._draw_excerpt(source)
+            if not self.real.has_introduction(chosen, first, count):
+                row.add_encoded(self.real.ids[self.real.span(chosen, first, count)], None)
+                return
+
+    def _draw_excerpt(self, source: str) -> tuple[int, int, int]:
+        """Dialogue, first turn and number of turns."""
+        assert self.real is not None
+        rng, pool = self.rng, self._sources[source]
         chosen = int(pool[int(rng.random() * len(pool))])
         num_pairs = (self.real.num_turns(chosen) - 1) // 2
         count = min(num_pairs, 1 + int(rng.random() * 4))
         first = 1 + 2 * int(rng.random() * (num_pairs - count + 1))
-        row.add_encoded(self.real.ids[self.real.span(chosen, first, 2 * count)], None)
+        return chosen, first, 2 * count
 
 
 class _Style:
