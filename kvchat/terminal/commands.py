@@ -203,7 +203,10 @@ def pool(repl: Repl, argument: str) -> None:
 
 @command("/kv", "what each chat holds in the pool")
 def kv(repl: Repl, argument: str) -> None:
-    repl.show.lines(views.kv_lines(repl.runtime))
+    engine, library = repl.runtime.engine, repl.library
+    held = [(session, engine.session_kv(session.id)) for session in library.sessions]
+    library.pump()  # a session knows of all tokens that it holds
+    repl.show.lines(views.kv_lines(held))
 
 
 @command("/stats", "the last reply, and everything since the start")

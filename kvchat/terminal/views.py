@@ -10,10 +10,10 @@ from kvchat import __version__
 from kvchat.chat.library import Library
 from kvchat.chat.messages import Message
 from kvchat.chat.runtime import Runtime
-from kvchat.chat.session import ReplyStats
+from kvchat.chat.session import ReplyStats, Session
 from kvchat.chat.turns import TreeRow
 from kvchat.engine.build import EngineFacts
-from kvchat.engine.stats import BlockOwner, EngineStats
+from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV
 from kvchat.kv.planner import format_size
 from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment, one_line
 
@@ -132,13 +132,12 @@ def session_lines(library: Library) -> list[Line]:
     return table(("", "#", "session", "state", "tokens", "begins with"), rows)
 
 
-def kv_lines(runtime: Runtime) -> list[Line]:
+def kv_lines(held: Iterable[tuple[Session, SessionKV]]) -> list[Line]:
     """/kv: what each session holds in the pool; shared blocks count in full for each."""
     rows = []
-    for session in runtime.library.sessions:
-        held = runtime.engine.session_kv(session.id)
-        counts = (session.num_context_tokens, held.num_tokens, held.num_blocks)
-        rows.append((session.name, *(f"{n:,}" for n in counts), format_size(held.num_bytes)))
+    for session, kv in held:
+        counts = (session.num_context_tokens, kv.num_tokens, kv.num_blocks)
+        rows.append((session.name, *(f"{n:,}" for n in counts), format_size(kv.num_bytes)))
     return table(("session", "tokens", "in pool", "blocks", "bytes"), rows)
 
 
@@ -217,8 +216,8 @@ def stats_lines(reply: ReplyStats | None, stats: EngineStats) -> list[Line]:
         "tokens": f"{stats.num_scheduled_tokens:,} computed, {stats.num_cached_tokens:,} found in "
         f"the pool, {stats.num_generated_tokens:,} generated",
         "steps": f"{stats.num_steps:,}, mean decode batch {stats.mean_decode_batch:.2f}",
-        "pressure": f"{stats.num_preemptions:,} preemptions, {stats.num_drops:,} idle chats "
-        f"dropped, {stats.num_evictions:,} evictions, {stats.num_copies:,} copies on write",
+        "pressure": f"{stats.num_preemptions:,} preemptions, {stats.num_drops:,} drops of idle "
+        f"chats, {stats.num_evictions:,} evictions, {stats.num_copies:,} copies on write",
     }
     if reply:
         rows["prompt"] = (
