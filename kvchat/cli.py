@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvchat import __version__, paths
-from kvchat.chat.options import OPTIONS, set_sampling
+from kvchat.chat.options import OPTIONS, read_seed, set_sampling
 from kvchat.config import SamplingParams
 from kvchat.errors import KvchatError, UsageError
 from kvchat.terminal.show import Show
@@ -61,7 +61,7 @@ def cli() -> None:
 @click.option("-c", "--ctx-size", "context", type=click.IntRange(16), help="Context in tokens.")
 @_sampling_options
 @click.option("--logit-bias", multiple=True, metavar="ID(+|-)BIAS", help="As in 15043+1.5.")
-@click.option("-s", "--seed", type=click.IntRange(0), help="Default: random for every chat.")
+@click.option("-s", "--seed", help="Default: random for every chat.")
 @click.option("--chat-format", help="llama2, llama3, chatml, mistral, zephyr or plain.")
 @click.option("--think/--no-think", default=None, help="For models that can.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -151,7 +151,7 @@ def _run_options(flags: dict[str, Any]) -> RunOptions:
         chat_format=flags["chat_format"],
         sampling=dict(_sampling(flags)),
         system=flags["system"],
-        seed=flags["seed"],
+        seed=None if flags["seed"] in (None, "-1") else read_seed(flags["seed"]),
         think=flags["think"],
     )
 

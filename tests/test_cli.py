@@ -102,7 +102,7 @@ def test_one_prompt_is_answered_on_stdout_alone(kvchat, model):
     assert err == ""
     assert out.endswith("\n")
     assert out.strip()
-    assert (code, out, err) == kvchat("run", "-m", model, "-p", "hello there", *GREEDY)
+    assert (code, out, err) == kvchat("run", "-m", model, "-p", "hello there", *GREEDY, "-s", -1)
 
 
 def test_stdin_or_a_file_is_appended_to_the_prompt(kvchat, model, tmp_path):
@@ -145,6 +145,8 @@ def test_every_line_of_stdin_is_a_turn(kvchat, model, tmp_path):
         (("-p", "x", "--device", "cuda:1"), b"", 2, "no CUDA backend yet"),
         (("-p", "x", "-m", "other"), b"", 2, "two models"),
         (("-p", "x", "--chat-format", "nope"), b"", 2, "nope"),
+        (("-p", "x", "--think"), b"", 2, "no switch for thinking"),
+        (("-p", "x", "-s", "4294967296"), b"", 2, "seed must be 0 to 4294967295, or -1"),
         (("-p", "x", "-c", "3"), b"", 2, "3 is not in the range"),
         (("-p", "x", "--kv-mem", "lots"), b"", 2, "lots"),
         (("-p", "x", "--frob"), b"", 2, "--frob"),

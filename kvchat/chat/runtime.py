@@ -59,6 +59,8 @@ def open_runtime(
     config = parse_config(source)
     tokenizer = load_tokenizer(source, config.vocab_size)
     chat_format = load_chat_format(source, tokenizer, options.chat_format)
+    if options.think is not None:
+        chat_format.require_think_switch()
     routed: list[Library] = []
     # The last id alone: some tokenizers put a space first, and some drop a line break altogether.
     breakers = frozenset(i for text in _DRY_BREAKERS for i in tokenizer.encode(text)[-1:])

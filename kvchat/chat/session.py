@@ -189,8 +189,7 @@ class Session:
         return sampling_options(self.sampling) | {"seed": self.seed, "think": self.think}
 
     def _set_think(self, text: str) -> None:
-        if not self._desk.chat_format.has_think_switch:
-            raise UsageError("this model's template has no switch for thinking")
+        self._desk.chat_format.require_think_switch()
         try:
             self.think = parse_switch(text.strip())
         except ValueError:

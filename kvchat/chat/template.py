@@ -59,6 +59,11 @@ class ChatFormat:
         self.sampling_defaults: dict[str, object] = {}  # by SamplingParams' names
         self.stop_strings = (end.text,) if end and not end.marker else ()
 
+    def require_think_switch(self) -> None:
+        """Raises UsageError where the template cannot be told whether to think."""
+        if not self.has_think_switch:
+            raise UsageError("this model's template has no switch for thinking")
+
     def pieces(self, messages: Sequence[Message], think: bool | None = None) -> list[Piece]:
         """The prompt for the next reply. Raises UsageError where the template refuses."""
         joint = _free_joint(messages)
