@@ -8,7 +8,7 @@ from kvchat.bench.scheduling import SchedulingCost, format_scheduling, measure_s
 
 LIMIT_US = {8: 100, 100: 500, 1000: 4000}  # of one core, for schedule and update together
 MAX_GROWTH = 1.5
-NUM_TRIES = 10
+NUM_TRIES = 30  # a shared machine may run at half its speed for many seconds
 
 
 def best(costs: list[SchedulingCost]) -> SchedulingCost:
