@@ -83,8 +83,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _agree(args: argparse.Namespace) -> None:
+    from demo_model.compare import has_same_ids, largest_difference
     from demo_model.through_kvchat import compare_recall
 
+    print(f"plain model and transformers: logits within {largest_difference(args.model, 700):.1e},")
+    print(f"ids of a rendered chat equal: {has_same_ids(args.model)}\n")
     compare_recall(args.model, _held_out(args), args.items, args.workers)
 
 

@@ -1,5 +1,5 @@
 """The export beside transformers: same ids from the tokenizer, same logits from the weights. Needs
-transformers."""
+transformers, and protobuf for its tokenizer."""
 
 from pathlib import Path
 
