@@ -15,7 +15,7 @@ from scripted_engine import (
 from text_models import tokenizer_json
 
 from kvchat.chat import sandbox
-from kvchat.chat.messages import Message
+from kvchat.chat.messages import Message, as_jsonl, as_markdown
 from kvchat.chat.reply import Chunk
 from kvchat.chat.template import ChatFormat, load_chat_format
 from kvchat.chat.tokenizer import load_tokenizer
@@ -693,11 +693,11 @@ def test_exports_say_what_was_said():
     )
     say(session, engine, library, "why?\n\nreally")
 
-    assert session.export_markdown() == (
+    assert as_markdown(session.name, session.messages) == (
         "# chat-1\n\n## System\n\nS\n\n## User\n\nwhy?\n\nreally\n\n"
         "## Assistant\n\n> hm\n> well\n\nYes.\n"
     )
-    lines = [json.loads(line) for line in session.export_jsonl().splitlines()]
+    lines = [json.loads(line) for line in as_jsonl(session.messages).splitlines()]
     assert lines == [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "why?\n\nreally"},

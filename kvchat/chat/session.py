@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import count, groupby
 
 from kvchat.chat.job import Desk, Job, ReplyStats
-from kvchat.chat.messages import Message, as_jsonl, as_markdown
+from kvchat.chat.messages import Message
 from kvchat.chat.options import (
     Value,
     parse_switch,
@@ -96,14 +96,6 @@ class Session:
         spans = self._leaf.path_spans() + (self._job.spans() if self._job else [])
         text = "".join(span.piece.text for span in spans)
         return text, [token_id for span in spans for token_id in span.ids]
-
-    def export_markdown(self) -> str:
-        """The conversation for people."""
-        return as_markdown(self.name, self.messages)
-
-    def export_jsonl(self) -> str:
-        """The conversation for programs: a JSON object a line."""
-        return as_jsonl(self.messages)
 
     def tree(self) -> list[TreeRow]:
         """Every turn, old branches included, depth first."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvchat.chat.messages import as_jsonl, as_markdown
 from kvchat.chat.options import OPTIONS
 from kvchat.errors import UsageError, quoted
 from kvchat.terminal import views
@@ -231,12 +232,13 @@ def copy(repl: Repl, argument: str) -> None:
 
 @command("/export FILE", "write this chat to a new .md or .jsonl file", "file")
 def export(repl: Repl, argument: str) -> None:
-    writers = {".md": repl.session.export_markdown, ".jsonl": repl.session.export_jsonl}
-    write = writers.get(Path(argument).suffix)
-    if write is None:
+    name, messages = repl.session.name, repl.session.messages
+    texts = {".md": as_markdown(name, messages), ".jsonl": as_jsonl(messages)}
+    text = texts.get(Path(argument).suffix)
+    if text is None:
         raise UsageError(f"{quoted(argument)}: the name must end in .md or .jsonl")
     with _file_errors(argument), Path(argument).expanduser().open("x", encoding="utf-8") as file:
-        file.write(write())
+        file.write(text)
     repl.say(f"wrote {argument}")
 
 

@@ -82,7 +82,7 @@ def _bind_control(keys: KeyBindings, actions: Repl) -> None:
     bind("c-c", actions.interrupt, ~is_searching)
     bind("<sigint>", actions.interrupt)
     bind("c-d", actions.leave, ~is_searching & is_empty)
-    bind("c-l", actions.clear_screen)
-    bind("c-z", actions.suspend)
+    bind("c-l", lambda: actions.screen.clear())
+    bind("c-z", lambda: actions.screen.suspend())
     for number in range(1, 10):
         keys.add("escape", str(number))(lambda event, n=number: actions.switch_to(n))

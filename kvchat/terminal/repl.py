@@ -175,14 +175,6 @@ class Repl:
         """Alt-1 to Alt-9."""
         self._guard(lambda: self.switch(str(number)))
 
-    def clear_screen(self) -> None:
-        """Ctrl-L."""
-        self.screen.clear()
-
-    def suspend(self) -> None:
-        """Ctrl-Z."""
-        self.screen.suspend()
-
     def pasted(self, num_lines: int) -> None:
         """A paste is in the input."""
         self._hint = f"[pasted {num_lines} lines]" if num_lines > 1 else ""
