@@ -18,7 +18,7 @@ class SchedulerCounters:
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0  # of prompts, not computed again
     num_preemptions: int = 0
-    num_drops: int = 0  # of what sessions that do not run held: given up to others
+    num_drops: int = 0  # idle sessions that gave up their blocks to others
 
     def count_step(self, batch: Batch) -> None:
         """Count a step that was scheduled."""

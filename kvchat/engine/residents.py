@@ -87,13 +87,14 @@ class Residents:
         if resident := self._held.pop(session_id, None):
             self._dropped.append(resident.seq)
 
-    def drop_coldest(self, spared_session_id: int | None) -> bool:
-        """Free, at once, what was idle for longest, the spared session last; False: none left."""
+    def drop_coldest(self, spared_session_id: int | None) -> Resident | None:
+        """Free, at once, what was idle for longest, the spared session last; None: none left."""
         if not self._held:
-            return False
+            return None
         session_id = min(self._held, key=lambda held_id: held_id == spared_session_id)
-        self._pool.free(self._held.pop(session_id).seq)
-        return True
+        resident = self._held.pop(session_id)
+        self._pool.free(resident.seq)
+        return resident
 
     def settle(self) -> None:
         """Give back the blocks of what was trimmed and dropped; every step is launched by now."""

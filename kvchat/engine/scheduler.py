@@ -299,8 +299,9 @@ class Scheduler:
     def _claim(self, request: Request, seq: Sequence, num_tokens: int) -> list[BlockOp] | None:
         """Slots for num_tokens more, whoever has to give way; None when nobody has to."""
         while (ops := self.pool.append(seq, num_tokens)) is None:
-            if self._residents.drop_coldest(self._foreground):
-                self.counters.num_drops += 1
+            if resident := self._residents.drop_coldest(self._foreground):
+                # A waiting request's prefix is found again in every step: that is no loss.
+                self.counters.num_drops += resident.request_id is None
                 continue
             victim = self._victim(request)
             if victim is None:

@@ -38,7 +38,7 @@ class EngineStats:
     num_generated_tokens: int
     num_cached_tokens: int  # of prompts, not computed because a block held them
     num_preemptions: int
-    num_drops: int  # of what sessions that do not run held
+    num_drops: int  # idle sessions that gave up their blocks
     num_copies: int  # blocks copied on write
     num_evictions: int  # cached blocks overwritten
 

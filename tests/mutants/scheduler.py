@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     _scheduler(
         "idle sessions never give way",
-        ("if self._residents.drop_coldest(self._foreground):", "if False:"),
+        ("if resident := self._residents.drop_coldest(self._foreground):", "if resident := None:"),
     ),
     _scheduler("nobody gives way", ("victim = self._victim(request)\n", "victim = None\n")),
     _scheduler("preemption leaks", ("        self.pool.free(request.seq)\n", "")),
