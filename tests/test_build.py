@@ -8,6 +8,7 @@ from tiny_model import write_tiny_model
 from kvchat.config import SamplingParams
 from kvchat.engine.build import EngineOptions, build_engine
 from kvchat.engine.request import Request
+from kvchat.errors import CapacityError, UsageError
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
 
@@ -54,3 +55,24 @@ def test_a_context_beyond_all_memory_is_what_the_pool_holds_and_is_used_to_its_e
 
     assert facts.scheduler.max_request_tokens == facts.pool_tokens == 63 * 16
     assert [event.finish_reason for event in events] == [None, "length"]
+
+
+def test_a_context_that_was_asked_for_is_given_in_full_or_refused(folder):
+    def ask(context):
+        return EngineOptions(backend="reference", kv_mem="512KiB", context=context)
+
+    _, facts, _ = build(folder, ask(300))
+    assert facts.scheduler.max_request_tokens == 300
+    with pytest.raises(UsageError, match="--ctx-size 513 is more than the 512 tokens that"):
+        build(folder, ask(513))
+
+    small = EngineOptions(backend="reference", kv_mem="128KiB", context=512)
+    with pytest.raises(CapacityError, match=r"pool of 264.0 KiB, and it has 128.0 KiB") as refused:
+        build(folder, small)
+    words = str(refused.value).split()
+    needed, fits = words[words.index("--kv-mem") + 2], words[-1]
+
+    raised = EngineOptions(backend="reference", kv_mem=needed, context=512)
+    lowered = EngineOptions(backend="reference", kv_mem="128KiB", context=int(fits))
+    assert build(folder, raised)[1].scheduler.max_request_tokens == 512
+    assert build(folder, lowered)[1].scheduler.max_request_tokens == int(fits) == 240

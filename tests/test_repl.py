@@ -16,7 +16,7 @@ from kvchat.terminal.screen import wrap_rows
 
 BANNER = """\
 kvchat 0.1.0  test-model  cpu float32
-context 512 tokens  pool 1.3 MiB for 1,024  format chatml
+context 512 tokens  pool 1.3 MiB for 1,024 tokens  chat format: chatml
 not saved: chats end with this process  /help lists the commands
 """
 
@@ -463,6 +463,17 @@ def test_tables_and_the_pool():
         "* shared 6  = cached 8  . free 40  A chat-1 10\n"
         "a cell is 1 x 20.0 KiB, 16 tokens a block"
     )
+
+
+def test_options_are_shown_as_set_reads_them():
+    async def script(person):
+        await person.types('/set stop ["a", "b"]\r')
+        await person.types("/show params\r")
+        await person.sees("think = (not set)")
+
+    shown = _chat(script).split("> /show params\n")[1].splitlines()
+
+    assert {'stop = ["a", "b"]', "n = (not set)", "ignore_eos = off"} <= set(shown)
 
 
 def test_settings():

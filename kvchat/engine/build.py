@@ -9,9 +9,9 @@ from kvchat.config import KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.engine import Engine
 from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
-from kvchat.errors import UsageError
+from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool
-from kvchat.kv.planner import available_memory, plan_num_blocks
+from kvchat.kv.planner import available_memory, format_size, plan_num_blocks
 from kvchat.model.source import ModelSource, Progress
 
 
@@ -59,6 +59,26 @@ def choose_device(device: str) -> str:
     return "cpu"
 
 
+def _scheduler_config(spec: KVSpec, config: ModelConfig, options: EngineOptions) -> SchedulerConfig:
+    """The caps of a step. A context that was asked for is given in full or refused."""
+    num_blocks = plan_num_blocks(spec, options.kv_mem, available_memory())
+    made = SchedulerConfig(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_model_len=options.context or config.max_position,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+    if options.context and made.max_request_tokens < options.context:
+        needed = (-(-options.context // spec.block_size) + 1) * spec.bytes_per_block
+        raise CapacityError(
+            f"--ctx-size {options.context} needs a KV pool of {format_size(needed)}, and it has"
+            f" {format_size(num_blocks * spec.bytes_per_block)}; raise --kv-mem to {needed} or"
+            f" lower --ctx-size to {made.max_request_tokens}"
+        )
+    return made
+
+
 def build_engine(
     source: ModelSource,
     config: ModelConfig,
@@ -81,6 +101,11 @@ def build_engine(
     from kvchat.model.weights import choose_dtype, load_decoder
 
     device = choose_device(options.device)
+    if options.context and options.context > config.max_position:
+        raise UsageError(
+            f"--ctx-size {options.context} is more than the {config.max_position} tokens that"
+            f" {source.name} was made for; ask for at most these"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     available = available_memory()
@@ -91,13 +116,7 @@ def build_engine(
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
-    scheduler_config = SchedulerConfig(
-        num_blocks=plan_num_blocks(spec, options.kv_mem, available_memory()),
-        block_size=options.block_size,
-        max_model_len=min(options.context or config.max_position, config.max_position),
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-    )
+    scheduler_config = _scheduler_config(spec, config, options)
     cache = KVCache(spec, scheduler_config.num_blocks, device)
     rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)

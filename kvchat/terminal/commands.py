@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,12 +181,22 @@ def think(repl: Repl, argument: str) -> None:
     repl.say(f"think {argument}")
 
 
+def _as_set(value: object) -> str:
+    """An option's value as /set would read it, or that it is not set."""
+    if value is None or value == ():
+        return "(not set)"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
+
+
 @command("/show [prompt]", "the options; or the text and ids the model has seen", ("prompt",))
 def show(repl: Repl, argument: str) -> None:
     if argument != "prompt":
         names = {"model": repl.runtime.model_name, "format": repl.runtime.chat_format}
         options = {**names, **repl.session.options()}
-        repl.show.lines([[("", f"{name} = {value}")] for name, value in options.items()])
+        rows = [f"{name} = {_as_set(value)}" for name, value in options.items()]
+        repl.show.lines([[("", row)] for row in rows])
         return
     text, ids = repl.session.prompt_view()
     numbers = f"{len(ids):,} ids: {' '.join(map(str, ids))}"

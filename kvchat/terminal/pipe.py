@@ -12,6 +12,7 @@ from kvchat.errors import CapacityError, EngineError, UsageError
 from kvchat.terminal.show import Show
 
 PUMP_S = 0.5  # how long to wait for the engine before looking again
+MAX_FILE_BYTES = 64 << 20  # of -f, when its lines are turns
 MAX_TURN_BYTES = 4 << 20  # about a million tokens, more than any supported context
 
 
@@ -32,9 +33,13 @@ def read_turns(prompt: str | None, file: str | None, stdin: BinaryIO | None) -> 
 
 def _read(file: str) -> BinaryIO:
     try:
-        return BytesIO(Path(file).read_bytes())
+        with Path(file).open("rb") as source:
+            data = source.read(MAX_FILE_BYTES + 1)  # bounded: it may be a device
     except OSError as error:
         raise UsageError(f"-f {file}: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise CapacityError(f"-f {file}: more than {MAX_FILE_BYTES >> 20} MiB; split the file")
+    return BytesIO(data)
 
 
 def _lines(source: BinaryIO | None, name: str) -> Iterator[str]:

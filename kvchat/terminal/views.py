@@ -62,8 +62,8 @@ def banner(runtime: Runtime) -> list[Line]:
         ],
         [
             ("", f"context {facts.scheduler.max_request_tokens:,} tokens"),
-            ("", f"  pool {format_size(facts.pool_bytes)} for {facts.pool_tokens:,}"),
-            ("", f"  format {runtime.chat_format}"),
+            ("", f"  pool {format_size(facts.pool_bytes)} for {facts.pool_tokens:,} tokens"),
+            ("", f"  chat format: {runtime.chat_format}"),
         ],
         [("dim", "not saved: chats end with this process  /help lists the commands")],
     ]
