@@ -468,10 +468,10 @@ def test_tables_and_the_pool():
 def test_options_are_shown_as_set_reads_them():
     async def script(person):
         await person.types('/set stop ["a", "b"]\r')
-        await person.types("/show params\r")
+        await person.types("/show\r")
         await person.sees("think = (not set)")
 
-    shown = _chat(script).split("> /show params\n")[1].splitlines()
+    shown = _chat(script).split("> /show\n")[1].splitlines()
 
     assert {'stop = ["a", "b"]', "n = (not set)", "ignore_eos = off"} <= set(shown)
 

@@ -172,7 +172,7 @@ def system(repl: Repl, argument: str) -> None:
 def set_option(repl: Repl, argument: str) -> None:
     name, _, value = argument.partition(" ")
     repl.session.set_option(name, value)
-    repl.say(f"{name} = {repl.session.options()[name]}")
+    repl.say(f"{name} = {_as_set(repl.session.options()[name])}")
 
 
 @command("/think on|off", "whether a model that can think does", ("on", "off"))
