@@ -186,7 +186,7 @@ def load_chat_format(source: ModelSource, tokenizer: Tokenizer, name: str | None
         raise UsageError(f'no chat format is called "{quoted(name)}"; there are {known}')
     if name is None and source.chat_template:
         render = TemplateWorker().render
-        chat_format = ChatFormat("model", source.chat_template, tokenizer, render)
+        chat_format = ChatFormat("the model's own", source.chat_template, tokenizer, render)
     else:
         name = name or PLAIN
         chat_format = ChatFormat(name, BUILTIN_FORMATS[name], tokenizer, sandbox.render)
