@@ -38,7 +38,7 @@ class Library:
         tokenizer: Tokenizer,
         chat_format: ChatFormat,
         defaults: ChatDefaults,
-        notify: Callable[[], None],
+        notify: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._desk = Desk(engine, tokenizer, chat_format, defaults, clock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvchat.chat.library import ChatDefaults, Library
@@ -47,13 +46,10 @@ class Runtime:
         self.engine.close()
 
 
-def open_runtime(
-    options: RunOptions, progress: Progress, notify: Callable[[], None] = lambda: None
-) -> Runtime:
+def open_runtime(options: RunOptions, progress: Progress) -> Runtime:
     """Load the model that `options` names and start its engine.
 
-    `notify` is called from the engine's thread when a session has news (Library.notify may be
-    replaced later). Raises KvchatError for anything a person can mend.
+    Raises KvchatError for anything a person can mend.
     """
     source = resolve(options.model, progress)
     config = parse_config(source)
@@ -79,7 +75,7 @@ def open_runtime(
         max_model_len=facts.scheduler.max_request_tokens,
         think=options.think,
     )
-    routed.append(Library(engine, tokenizer, chat_format, defaults, notify))
+    routed.append(Library(engine, tokenizer, chat_format, defaults))
     engine.start()
     return Runtime(
         routed[0], engine, facts, source.name, chat_format.name, tuple(tokenizer.warnings)
