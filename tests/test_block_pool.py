@@ -12,15 +12,8 @@ import time
 
 import pytest
 
-from kvchat.kv.block_pool import (
-    BlockPool,
-    Codec,
-    CopyBlock,
-    Prefix,
-    Sequence,
-    pack_entry,
-    unpack_entry,
-)
+from kvchat.kv.block_pool import BlockPool, CopyBlock, Prefix, Sequence
+from kvchat.kv.layout import Codec, pack_entry, unpack_entry
 
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
 

@@ -27,6 +27,7 @@ LAYERS = {
 TORCH_FREE = (
     "kvchat.cli",
     "kvchat.kv.block_pool",
+    "kvchat.kv.layout",
     "kvchat.engine.scheduler",
     "kvchat.engine.engine",
     "kvchat.chat.library",

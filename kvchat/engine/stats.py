@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from kvchat.engine.scheduler import Scheduler
-from kvchat.kv.block_pool import unpack_entry
+from kvchat.kv.layout import unpack_entry
 
 # A number is the one session that holds the block.
 BlockOwner = int | Literal["null", "free", "cached", "shared"]

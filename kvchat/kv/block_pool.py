@@ -23,33 +23,10 @@ import hashlib
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from typing import Literal
 
 from kvchat.config import NULL_BLOCK_ID
-
-BLOCK_ID_BITS = 24  # 16.7 million blocks: 256 GiB of 16 KiB blocks
-SPAN_INDEX_BITS = 4  # an entry is an int32: codec (4 bits), index in the span (4), block id (24)
-
-
-class Codec(IntEnum):
-    """How a block stores its tokens; the order is that of the ladder, best first."""
-
-    NATIVE = 0
-    INT8 = 1
-    INT4 = 2
-
-
-def pack_entry(block_id: int, codec: Codec, span_idx: int) -> int:
-    """A block table's entry: which block, which of its block_size pieces, stored how."""
-    return block_id | span_idx << BLOCK_ID_BITS | codec << (BLOCK_ID_BITS + SPAN_INDEX_BITS)
-
-
-def unpack_entry(entry: int) -> tuple[int, Codec, int]:
-    """(block_id, codec, span_idx) of a block table's entry; a native entry is its block id."""
-    span_idx = entry >> BLOCK_ID_BITS & ((1 << SPAN_INDEX_BITS) - 1)
-    codec = Codec(entry >> (BLOCK_ID_BITS + SPAN_INDEX_BITS))
-    return entry & ((1 << BLOCK_ID_BITS) - 1), codec, span_idx
+from kvchat.kv.layout import BLOCK_ID_BITS, Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +37,20 @@ class CopyBlock:
     dst: int
 
 
-BlockOp = CopyBlock  # what the tensors' owner must do, in order of emission; a union in time
+@dataclass(frozen=True, slots=True)
+class CompressSpan:
+    """Encode the tokens of blocks `srcs`, in order of position, into block `dst`.
+
+    All srcs are of codec `src_codec`; dst is none of them and becomes one of `codec`.
+    """
+
+    srcs: tuple[int, ...]
+    src_codec: Codec
+    dst: int
+    codec: Codec
+
+
+BlockOp = CopyBlock | CompressSpan  # what the tensors' owner must do, in order of emission
 BlockState = int | Literal["null", "free", "cached"]  # an int is a live block's ref_count
 
 

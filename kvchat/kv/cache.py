@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvchat.config import NULL_BLOCK_ID, KVSpec
 from kvchat.errors import CapacityError
-from kvchat.kv.block_pool import BlockOp
+from kvchat.kv.block_pool import BlockOp, CopyBlock
 
 
 class KVCache:
@@ -47,4 +47,5 @@ class KVCache:
     def apply(self, ops: list[BlockOp]) -> None:
         """Do the block operations, in order: one may read what one before it wrote."""
         for op in ops:
+            assert isinstance(op, CopyBlock), f"{op} is not known yet"
             self.blocks[op.dst].copy_(self.blocks[op.src])
