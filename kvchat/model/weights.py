@@ -14,34 +14,24 @@ from kvchat.config import DTYPE_BYTES, ModelConfig
 from kvchat.errors import CapacityError, ModelError, UsageError, quoted
 from kvchat.kv.planner import format_size
 from kvchat.model.decoder import Decoder
-from kvchat.model.families import tensor_shapes
-from kvchat.model.header import FLOAT_DTYPES, TensorInfo
+from kvchat.model.families import EMBEDDING, LM_HEAD, auto_dtype, check_tensors
+from kvchat.model.header import TensorInfo
 from kvchat.model.source import ModelSource
-
-_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Buffers that old Llama checkpoints carry and that are computed here.
-_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-# Weights may take this share of the memory available on a CPU before 16 bits are preferred.
-_FLOAT32_SHARE = 0.40
 
 
 def choose_dtype(
     asked: str, source: ModelSource, config: ModelConfig, device: str, available: int
 ) -> str:
-    """The dtype to compute in: `asked`, or for "auto" the checkpoint's on a GPU.
+    """The dtype to compute in: `asked`, or for "auto" what families.auto_dtype says.
 
-    On a CPU auto is float32 where its weights fit 40 % of the `available` bytes, for without
-    AVX512-BF16 or AMX a prompt's matrix products in 16 bits take 4 to 5 times as long there
-    (256 x 2048 x 5632: 55 ms against 233 and 285 ms); else the checkpoint's 16 bits.
     Raises CapacityError when the weights alone are more than what is available.
     """
     if asked not in ("auto", *DTYPE_BYTES):
         raise UsageError(f"--dtype {quoted(asked)}: use auto, {', '.join(DTYPE_BYTES)}")
     num_values = sum(size // DTYPE_BYTES[dtype] for dtype, size in source.stored_bytes().items())
-    wide_bytes = num_values * DTYPE_BYTES["float32"]
-    dtype = config.checkpoint_dtype if asked == "auto" else asked
-    if asked == "auto" and device == "cpu" and wide_bytes <= available * _FLOAT32_SHARE:
-        dtype = "float32"
+    dtype = asked
+    if asked == "auto":
+        dtype = auto_dtype(num_values, config.checkpoint_dtype, device, available)
     needed = num_values * DTYPE_BYTES[dtype]
     if needed > available:
         way_out = "--dtype bfloat16 or a smaller model" if dtype == "float32" else "a smaller model"
@@ -65,8 +55,7 @@ def load_decoder(
     config or are not finite. What needs no conversion and no fusing stays mapped on a CPU, so its
     files must not be rewritten in place while the model runs (replacing them is fine).
     """
-    tensors = {n: i for n, i in source.tensors.items() if not n.endswith(_IGNORED_SUFFIX)}
-    _check_tensors(tensors, config)
+    tensors = check_tensors(source, config)
     try:
         files = {path: safe_open(path, framework="pt") for path in source.weight_files}
         loader = _Loader(tensors, files, getattr(torch, dtype), torch.device(device), progress)
@@ -97,10 +86,10 @@ class _Loader:
     def untied(self, config: ModelConfig) -> ModelConfig:
         """`config`, not tied if the checkpoint has both ends with different values, as in
         transformers 5."""
-        if not config.tie_word_embeddings or not {_EMBEDDING, _LM_HEAD} <= self._tensors.keys():
+        if not config.tie_word_embeddings or not {EMBEDDING, LM_HEAD} <= self._tensors.keys():
             return config
-        is_same = torch.equal(self._mapped(_EMBEDDING), self._mapped(_LM_HEAD))
-        self._total -= is_same * self._tensors[_LM_HEAD].num_bytes  # it is not fetched
+        is_same = torch.equal(self._mapped(EMBEDDING), self._mapped(LM_HEAD))
+        self._total -= is_same * self._tensors[LM_HEAD].num_bytes  # it is not fetched
         return replace(config, tie_word_embeddings=is_same)
 
     def fetch(self, *names: str) -> Tensor:
@@ -122,43 +111,13 @@ class _Loader:
 
     def _stored_name(self, name: str) -> str:
         """Of tied embeddings a checkpoint may have only the other end."""
-        return _LM_HEAD if name == _EMBEDDING and name not in self._tensors else name
+        return LM_HEAD if name == EMBEDDING and name not in self._tensors else name
 
     def _mapped(self, name: str) -> Tensor:
         """The tensor as stored, its memory the file's pages."""
         tensor: Tensor = self._files[self._tensors[name].path].get_tensor(name)
         # A file whose tensors lie at odd addresses is legal, but torch computes on aligned ones.
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
-
-
-def _check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
-    """The checkpoint has what the config implies: every name, no other, shapes and dtypes."""
-    shapes = tensor_shapes(config)
-    if config.tie_word_embeddings and _LM_HEAD in tensors:
-        shapes[_LM_HEAD] = shapes[_EMBEDDING]
-        if _EMBEDDING not in tensors:
-            del shapes[_EMBEDDING]
-    missing = [name for name in shapes if name not in tensors]
-    unexpected = [name for name in tensors if name not in shapes]
-    if missing or unexpected:
-        found = [
-            f"{what} {len(names)} tensors (first: {quoted(names[0], 60)})"
-            for what, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        raise ModelError(f"model refused: {'; '.join(found)}; config.json is of another model?")
-    for name, shape in shapes.items():
-        info = tensors[name]
-        if info.shape != shape:
-            raise ModelError(
-                f'model refused: tensor "{name}" has shape {list(info.shape)}, '
-                f"config.json implies {list(shape)}"
-            )
-        if info.dtype not in FLOAT_DTYPES:
-            raise ModelError(
-                f'model refused: tensor "{name}" is {info.dtype}; '
-                f"kvchat reads {', '.join(FLOAT_DTYPES)}: use the unquantized checkpoint"
-            )
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:
