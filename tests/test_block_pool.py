@@ -12,8 +12,10 @@ import time
 
 import pytest
 
-from kvchat.kv.block_pool import BlockPool, CopyBlock, Prefix, Sequence
+from kvchat.kv import block_pool
+from kvchat.kv.block_pool import BlockPool, CopyBlock, Sequence
 from kvchat.kv.layout import Codec, pack_entry, unpack_entry
+from kvchat.kv.prefix import Prefix, PrefixIndex
 
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]
 
@@ -267,22 +269,23 @@ def test_unseal_takes_the_keys_of_shared_blocks_too_and_nobody_hits_them_again()
     assert pool.counters.num_evictions == 0
 
 
-class WeakHash(BlockPool):
+class WeakHash(PrefixIndex):
     """Every hash is one of 256: only the comparison of token ids stands against a wrong hit."""
 
     num_refused = 0
 
-    def _hash(self, parent_hash: bytes, packed_ids: bytes) -> bytes:
-        return super()._hash(parent_hash, packed_ids)[:1]
+    def hash(self, parent_hash: bytes, packed_ids: bytes) -> bytes:
+        return super().hash(parent_hash, packed_ids)[:1]
 
-    def _lookup(self, prefix: Prefix) -> int | None:
-        block_id = super()._lookup(prefix)
-        self.num_refused += block_id is None and (prefix.hash, Codec.NATIVE) in self._index
+    def lookup(self, prefix: Prefix, codec: Codec) -> int | None:
+        block_id = super().lookup(prefix, codec)
+        self.num_refused += block_id is None and (prefix.hash, codec) in self._ids
         return block_id
 
 
-def test_an_8_bit_hash_gives_no_wrong_hit_in_100_000_look_ups():
-    pool, rng = WeakHash(64, 2), random.Random(1)
+def test_an_8_bit_hash_gives_no_wrong_hit_in_100_000_look_ups(monkeypatch):
+    monkeypatch.setattr(block_pool, "PrefixIndex", WeakHash)
+    pool, rng = BlockPool(64, 2), random.Random(1)
     written: dict[int, tuple[int, ...]] = {}  # block -> the text up to its end
     num_wrong = num_lookups = num_hits = 0
     while num_lookups < 100_000:
@@ -300,14 +303,14 @@ def test_an_8_bit_hash_gives_no_wrong_hit_in_100_000_look_ups():
         pool.free(seq)
 
     assert num_wrong == 0
-    assert num_hits > 10_000 and pool.num_refused > 10_000
+    assert num_hits > 10_000 and pool._index.num_refused > 10_000
     pool.check_integrity([])
 
 
 def test_a_colliding_block_of_another_parent_is_refused():
     """Equal hash and equal ids of the block itself are not enough."""
     pool = BlockPool(9, 4)
-    pool._hash = lambda parent_hash, packed_ids: packed_ids  # the parent is left out
+    pool._index.hash = lambda parent_hash, packed_ids: packed_ids  # the parent is left out
     first = computed(pool, [*A, *C, 1])
     pool.free(first)
     other = computed(pool, [*B, 1])
@@ -457,7 +460,7 @@ def test_check_integrity_sees_a_lost_a_doubled_and_a_misnamed_block():
     broken(lambda pool, seq: pool._recycled.append(1))
     broken(lambda pool, seq: pool._recycled.append(0))
     broken(lambda pool, seq: pool._cached.clear())
-    broken(lambda pool, seq: pool._index.popitem())
+    broken(lambda pool, seq: pool._index._ids.popitem())
     broken(lambda pool, seq: pool._prefixes.__setitem__(1, None))
     broken(lambda pool, seq: seq.table.pop())
     broken(lambda pool, seq: seq.table.__setitem__(2, 0))

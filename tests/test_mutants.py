@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 from mutants import Mutant, kill, load
-from mutants.block_pool import MUTANTS, WEAK_HASH
+from mutants.block_pool import MUTANTS, WEAK_HASH, index_mutant
 from pool_walk import WalkFailure, walk
 
 SEEDS = range(5)
@@ -29,7 +29,7 @@ def test_the_unchanged_pool_survives_in_the_same_harness():
 
 
 def test_a_weak_hash_is_harmless_while_token_ids_are_compared():
-    check(load(Mutant("8-bit hash", "kvchat.kv.block_pool", (WEAK_HASH,))))
+    check(load(index_mutant("8-bit hash", WEAK_HASH)))
 
 
 def test_a_mutant_whose_snippet_is_gone_or_ambiguous_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvchat.attention import AttentionBatch
+from kvchat.kv.layout import BLOCK_ID_BITS
 
 
 def plan_positions(batch: AttentionBatch) -> list[int]:
@@ -15,7 +16,10 @@ def plan_positions(batch: AttentionBatch) -> list[int]:
 
 
 def plan_slots(batch: AttentionBatch, block_size: int) -> list[int]:
-    """[num_tokens] slots (block_id * block_size + offset) of the new tokens, in row order."""
+    """[num_tokens] slots (block_id * block_size + offset) of the new tokens, in row order.
+
+    New tokens are always written to native blocks, whose entries are their ids.
+    """
     slots = [
         table[position // block_size] * block_size + position % block_size
         for num_new, seq_len, table in zip(
@@ -24,4 +28,6 @@ def plan_slots(batch: AttentionBatch, block_size: int) -> list[int]:
         for position in range(seq_len - num_new, seq_len)
     ]
     assert min(slots) >= block_size, f"slot {min(slots)} lies in the null block"
+    last_id = max(slots) // block_size
+    assert last_id < 1 << BLOCK_ID_BITS, f"entry {last_id:#x} is of a compressed block"
     return slots

@@ -125,8 +125,8 @@ class Engine:
         with self._lock:
             for holder_id, seq, num_tokens in self._scheduler.sequences():
                 if holder_id == session_id:
-                    num_blocks = len(set(seq.table))
-                    return SessionKV(num_tokens, num_blocks, num_blocks * self._bytes_per_block)
+                    num_bytes = seq.num_blocks * self._bytes_per_block
+                    return SessionKV(num_tokens, seq.num_blocks, num_bytes)
         return SessionKV(0, 0, 0)
 
     def step(self) -> bool:

@@ -39,7 +39,7 @@ class Residents:
     @property
     def num_blocks(self) -> int:
         """Blocks that dropping all would free; one that is shared counts once for each holder."""
-        return sum(len(resident.seq.table) for resident in self._held.values())
+        return sum(resident.seq.num_blocks for resident in self._held.values())
 
     def get(self, session_id: int) -> Resident | None:
         """What the session holds, to look at or to fork from."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
 from kvchat.engine.scheduler import Scheduler
-from kvchat.kv.layout import unpack_entry
+from kvchat.kv.layout import Codec, block_ids
 
 # A number is the one session that holds the block.
 BlockOwner = int | Literal["null", "free", "cached", "shared"]
@@ -41,6 +41,9 @@ class EngineStats:
     num_drops: int  # idle sessions that gave up their blocks
     num_copies: int  # blocks copied on write
     num_evictions: int  # cached blocks overwritten
+    # By (codec of the sources, codec of the block that they became):
+    num_compressions: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # spans
+    num_blocks_freed: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # by those
 
     @property
     def mean_decode_batch(self) -> float:
@@ -55,9 +58,9 @@ def read_stats(scheduler: Scheduler) -> EngineStats:
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
         num_blocks=pool.num_usable,
-        num_blocks_used=pool.num_usable - pool.num_free,
+        num_blocks_used=pool.num_held,
         num_blocks_cached=pool.num_cached,
-        num_blocks_free=pool.num_free - pool.num_cached,
+        num_blocks_free=pool.num_usable - pool.num_held - pool.num_cached,
         **asdict(scheduler.counters),
         **asdict(pool.counters),
     )
@@ -68,7 +71,6 @@ def map_blocks(scheduler: Scheduler) -> list[BlockOwner]:
     states = scheduler.pool.map()
     owners: list[BlockOwner] = ["free" if isinstance(state, int) else state for state in states]
     for session_id, seq, _ in scheduler.sequences():
-        for entry in seq.table:
-            block_id = unpack_entry(entry)[0]
+        for block_id in block_ids(seq.table):
             owners[block_id] = session_id if states[block_id] == 1 else "shared"
     return owners

@@ -9,24 +9,36 @@ A block is in exactly one place, and moves along these arrows only:
 Free blocks are taken in this order: recycled (the memory is warm and nothing is lost), untouched
 (so memory in use grows only with the chats), cached (oldest first: a prefix is forgotten). The
 queue of cached blocks is the prefix cache. Block 0, the null block, is in none of these places.
+The last num_reserved free blocks are taken only to copy a tail on write and to compress, so that
+both work in a full pool.
 
 A sequence's positions, with sealed = num_sealed * block_size:
 
-    [0, sealed)             hashed: other sequences may hit these blocks; never written again
-    [sealed, num_tokens)    claimed: this sequence writes them, if nobody shares the block
+    [0, sealed)             hashed: other sequences may hit these blocks; never written again.
+                            Whole spans of these may be compressed into one block
+    [sealed, num_tokens)    claimed: this sequence writes them, if nobody shares the block; native
     [num_tokens, capacity)  room in the tail block, capacity = len(table) * block_size
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from kvchat.config import NULL_BLOCK_ID
-from kvchat.kv.layout import BLOCK_ID_BITS, Codec
+from kvchat.kv.integrity import check_blocks, check_sequences
+from kvchat.kv.layout import (
+    BLOCK_ID_BITS,
+    SPAN_INDEX_BITS,
+    Codec,
+    block_ids,
+    pack_entry,
+    unpack_entry,
+)
+from kvchat.kv.prefix import Prefix, PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +67,14 @@ BlockState = int | Literal["null", "free", "cached"]  # an int is a live block's
 
 
 @dataclass(slots=True, eq=False)
-class Prefix:
-    """All token ids from position 0 to a block's end: one block more than `parent` has."""
-
-    parent: Prefix | None = field(repr=False)
-    token_ids: bytes  # this block's own, int32 little endian
-    hash: bytes
-
-
-@dataclass(slots=True, eq=False)
 class Sequence:
     """One run of positions and the blocks that hold it. Only the pool changes it."""
 
-    table: list[int] = field(default_factory=list)  # one entry per block_size positions
+    table: list[int] = field(default_factory=list)  # one packed entry per block_size positions
     num_tokens: int = 0  # slots claimed
-    num_sealed: int = 0  # leading blocks whose hash is known
-    prefix: Prefix | None = None  # of those blocks
+    num_blocks: int = 0  # that the table names: a compressed one has several entries
+    num_sealed: int = 0  # leading entries whose hash is known
+    prefix: Prefix | None = None  # of those entries
     is_freed: bool = False
 
 
@@ -80,31 +84,50 @@ class PoolCounters:
 
     num_evictions: int = 0  # cached ones taken, which lost their key
     num_copies: int = 0  # copied because a tail was shared or sealed
+    # By (codec of the sources, codec of the block that they became):
+    num_compressions: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # spans
+    num_blocks_freed: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # by those
+
+    def count_compression(self, src_codec: Codec, codec: Codec, num_freed: int) -> None:
+        """One span was compressed and gave back so many blocks."""
+        kind = (src_codec, codec)
+        self.num_compressions[kind] = self.num_compressions.get(kind, 0) + 1
+        self.num_blocks_freed[kind] = self.num_blocks_freed.get(kind, 0) + num_freed
 
 
 class BlockPool:
     """Blocks 1 .. num_blocks-1: reference counts, the free queue and the prefix index.
 
-    `fingerprint` (model and KV format) and `salt` go into every hash, so that blocks of another
-    model or of a private pool have other keys.
+    `fingerprint` and `salt` are kv/prefix's. `span_blocks` are, by codec, the native blocks whose
+    tokens one block of it holds (kv/layout).
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, fingerprint: bytes = b"", salt: bytes = b""
+        self,
+        num_blocks: int,
+        block_size: int,
+        fingerprint: bytes = b"",
+        salt: bytes = b"",
+        span_blocks: tuple[int, ...] = (1,),
+        num_reserved: int = 0,
     ) -> None:
         assert 1 < num_blocks <= 1 << BLOCK_ID_BITS, f"num_blocks {num_blocks}"
         assert block_size > 0, f"block_size {block_size}"
+        assert span_blocks[0] == 1 and span_blocks[-1] <= 1 << SPAN_INDEX_BITS, f"{span_blocks=}"
+        assert not any(b % a for a, b in pairwise(span_blocks)), f"{span_blocks=} do not nest"
+        assert 0 <= num_reserved < num_blocks - 1, f"{num_reserved=} of {num_blocks}"
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.span_blocks = span_blocks
+        self.num_reserved = num_reserved
         self.counters = PoolCounters()
         self._ref_counts = [0] * num_blocks
-        self._prefixes: list[Prefix | None] = [None] * num_blocks  # of sealed blocks
-        self._index: dict[tuple[bytes, Codec], int] = {}  # key of a sealed block -> its id
+        self._codecs = [Codec.NATIVE] * num_blocks
+        self._index = PrefixIndex(num_blocks, block_size, span_blocks, fingerprint, salt)
+        self._prefixes = self._index.prefixes  # of sealed blocks
         self._recycled: list[int] = []
         self._num_touched = 1  # blocks below this id have been taken at least once; 0 is null
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._pack_ids = struct.Struct(f"<{block_size}i").pack
-        self._hasher = hashlib.sha256(_field(b"F", fingerprint) + _field(b"S", salt))
 
     @property
     def num_usable(self) -> int:
@@ -113,17 +136,26 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken now, cached ones included."""
-        return len(self._recycled) + self.num_blocks - self._num_touched + len(self._cached)
+        """Blocks that can be taken now, cached ones included and the reserve not."""
+        return max(0, self._num_unheld - self.num_reserved)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that sequences hold."""
+        return self.num_usable - self._num_unheld
 
     @property
     def num_cached(self) -> int:
-        """Of the free blocks, those that a later prefix may hit."""
+        """Of the blocks that nobody holds, those that a later prefix may hit."""
         return len(self._cached)
 
     def ref_count(self, block_id: int) -> int:
         """How many sequences hold this block."""
         return self._ref_counts[block_id]
+
+    def codec(self, block_id: int) -> Codec:
+        """How a live or cached block stores its tokens."""
+        return self._codecs[block_id]
 
     def map(self) -> list[BlockState]:
         """The state of every block, by id."""
@@ -135,7 +167,7 @@ class BlockPool:
 
     def match(self, token_ids: list[int]) -> int:
         """How many leading tokens alloc would find computed."""
-        return len(self._find(token_ids)[0]) * self.block_size
+        return len(self._index.find(token_ids)[0]) * self.block_size
 
     def alloc(self, token_ids: list[int]) -> Sequence:
         """A sequence that shares the longest sealed prefix of token_ids; takes no new block.
@@ -143,12 +175,14 @@ class BlockPool:
         Its num_tokens is what need not be computed: whole blocks, and never all of token_ids,
         because the last token's logits are wanted.
         """
-        table, prefix = self._find(token_ids)
-        for block_id in table:
+        table, prefix = self._index.find(token_ids)
+        held_ids = block_ids(table)
+        for block_id in held_ids:
             if not self._ref_counts[block_id]:
                 del self._cached[block_id]
             self._ref_counts[block_id] += 1
-        return Sequence(table, len(table) * self.block_size, len(table), prefix)
+        num_tokens = len(table) * self.block_size
+        return Sequence(table, num_tokens, len(held_ids), len(table), prefix)
 
     def append(self, seq: Sequence, num_tokens: int) -> list[BlockOp] | None:
         """Claim slots for num_tokens >= 1 more, or None, nothing changed, when the pool cannot.
@@ -174,82 +208,138 @@ class BlockPool:
             return
         assert num_full * self.block_size <= seq.num_tokens, f"{num_computed} > {seq.num_tokens}"
         for idx in range(seq.num_sealed, num_full):
-            prefix = self._extend(seq.prefix, token_ids, idx)
-            first_id = self._lookup(prefix)
+            prefix = self._index.extend(seq.prefix, token_ids, idx)
+            first_id = self._index.lookup(prefix, Codec.NATIVE)
             seq.prefix = prefix if first_id is None else self._prefixes[first_id]
-            if (key := (prefix.hash, Codec.NATIVE)) not in self._index:
-                self._index[key] = seq.table[idx]
-                self._prefixes[seq.table[idx]] = prefix
+            self._index.add(seq.table[idx], prefix, Codec.NATIVE)
         seq.num_sealed = num_full
 
     def unseal(self, seq: Sequence) -> None:
         """Take the keys of all blocks of seq: what they hold is not to be trusted any more."""
-        for block_id in seq.table:
+        for block_id in block_ids(seq.table):
             if self._prefixes[block_id] is not None:
                 self._forget(block_id)
 
     def fork(self, seq: Sequence, num_tokens: int) -> Sequence:
         """A second sequence over seq's first num_tokens positions, sharing all of their blocks.
 
-        Whoever first writes into the shared tail gets a copy of it.
+        Whoever first writes into the shared tail gets a copy of it. A compressed span is shared
+        whole or not at all: the child's num_tokens says how many positions it has.
         """
-        child = replace(seq, table=seq.table[: self._num_blocks_for(num_tokens)])
+        num_tokens = self._round_down(seq, num_tokens)
+        child = replace(seq, table=seq.table[: self._num_entries_for(num_tokens)])
         self._cut(child, num_tokens)
-        for block_id in child.table:
+        held_ids = block_ids(child.table)
+        for block_id in held_ids:
             self._ref_counts[block_id] += 1
+        child.num_blocks = len(held_ids)
         return child
 
-    def truncate(self, seq: Sequence, num_tokens: int) -> None:
+    def truncate(self, seq: Sequence, num_tokens: int) -> int:
         """Give back the positions from num_tokens on; sealed blocks given back stay cached.
 
-        A tail that is now a part of a sealed block is copied before it is written again.
+        A tail that is now a part of a sealed block is copied before it is written again. A
+        compressed span is kept whole or not at all: returns how many positions were kept.
         """
+        num_tokens = self._round_down(seq, num_tokens)
         self._cut(seq, num_tokens)
-        num_kept = self._num_blocks_for(num_tokens)
-        dropped = seq.table[num_kept:]
+        num_kept = self._num_entries_for(num_tokens)
+        dropped = block_ids(seq.table[num_kept:])
         del seq.table[num_kept:]
+        seq.num_blocks -= len(dropped)
         self._release(dropped)
+        return num_tokens
 
     def free(self, seq: Sequence) -> None:
         """Give back all of a sequence, once. Its sealed blocks stay cached until evicted."""
         self.truncate(seq, 0)
         seq.is_freed = True
 
+    def holders(
+        self, seq: Sequence, start: int, num_entries: int, sequences: Iterable[Sequence]
+    ) -> list[Sequence] | None:
+        """Those of `sequences`, all live ones, that hold the span of entries from `start` as seq
+        does, seq included: whom `compress` wants.
+
+        None when somebody has not sealed all of the span or holds only some of its blocks (then
+        compressing would free nothing). The span starts at a multiple of its num_entries.
+        """
+        end = start + num_entries
+        assert start % num_entries == 0, f"entries [{start}, {end}) are no span"
+        span = seq.table[start:end]
+        num_refs = {self._ref_counts[block_id] for block_id in block_ids(span)}
+        if num_refs == {1}:
+            sequences = (seq,)  # nobody else is to be looked for
+        found = [s for s in sequences if s.num_sealed >= end and s.table[start:end] == span]
+        return found if num_refs == {len(found)} else None
+
+    def compress(self, holders: list[Sequence], start: int, codec: Codec) -> CompressSpan | None:
+        """Let one block of `codec` stand for the span of sealed entries from `start` in the tables
+        of its `holders`; None, nothing changed, when not even the reserve has a block.
+
+        The sources are free at once and their keys forgotten: what is found is what is stored. The
+        block is sealed if all of them were, unless another has the key. The span returned must be
+        encoded after the block operations before it, and before anything is written.
+        """
+        num_entries = self.span_blocks[codec]
+        end = start + num_entries
+        span = holders[0].table[start:end]
+        srcs = block_ids(span)
+        src_codec = self._codecs[srcs[0]]
+        self._check_span(holders, start, codec)
+        if not self._num_unheld:
+            return None
+        dst = self._take()
+        is_sealed = all(self._prefixes[src] is not None for src in srcs)
+        prefix = self._prefixes[srcs[-1]]
+        for src in reversed(srcs):
+            if self._prefixes[src] is not None:
+                self._forget(src)
+            self._ref_counts[src] = 0
+            self._recycled.append(src)
+        self._ref_counts[dst] = len(holders)
+        self._codecs[dst] = codec
+        if prefix is not None and is_sealed:
+            self._index.add(dst, prefix, codec)
+        for seq in holders:
+            seq.table[start:end] = [pack_entry(dst, codec, i) for i in range(num_entries)]
+            seq.num_blocks -= len(srcs) - 1
+        self.counters.count_compression(src_codec, codec, len(srcs) - 1)
+        return CompressSpan(tuple(srcs), src_codec, dst, codec)
+
     def check_integrity(self, sequences: list[Sequence] | None = None) -> None:
         """Assert what holds between any two calls; given all live sequences, who owns what, too."""
-        refs, untouched = self._ref_counts, range(self._num_touched, self.num_blocks)
-        live = [block_id for block_id, n in enumerate(refs) if n]
-        places = [NULL_BLOCK_ID, *self._recycled, *untouched, *self._cached, *live]
-        assert sorted(places) == list(range(self.num_blocks)), (
-            f"null, {self._recycled=}, {untouched=}, {self._cached=}, {live=}: not every block once"
-        )
-        keys = {(p.hash, Codec.NATIVE): i for i, p in enumerate(self._prefixes) if p}
-        assert keys == self._index, f"{self._index=} is not that of the sealed blocks {keys}"
-        sealed = set(keys.values())
-        assert self._cached.keys() <= sealed, f"{self._cached=} not all in {sealed=}"
-        assert sealed.isdisjoint((*self._recycled, *untouched)), f"{sealed=}, {self._recycled=}"
-        if sequences is None:
-            return
-        counts = [0] * self.num_blocks
-        for seq in sequences:
-            self._check_sequence(seq)
-            for block_id in seq.table:
-                counts[block_id] += 1
-        assert counts == refs, f"blocks are named {counts} times, {refs=}"
+        check_blocks(self)
+        if sequences is not None:
+            check_sequences(self, sequences)
 
-    def _check_sequence(self, seq: Sequence) -> None:
-        assert len(seq.table) == self._num_blocks_for(seq.num_tokens), f"{seq=}"
-        assert seq.num_sealed * self.block_size <= seq.num_tokens, f"{seq=}"
-        prefix = seq.prefix
-        for block_id in reversed(seq.table[: seq.num_sealed]):
-            assert prefix is not None, f"prefix shorter than {seq.num_sealed} blocks"
-            held = self._prefixes[block_id]
-            assert held is None or _is_same(held, prefix), f"block {block_id} holds another text"
-            prefix = prefix.parent
-        assert prefix is None, f"prefix longer than {seq.num_sealed} blocks"
+    def _check_span(self, holders: list[Sequence], start: int, codec: Codec) -> None:
+        """Assert that this span may be compressed, and that its holders are all of them."""
+        end = start + self.span_blocks[codec]
+        span = holders[0].table[start:end]
+        assert start % self.span_blocks[codec] == 0, f"a span of {codec!r} at {start}"
+        assert len({self._codecs[block_id] for block_id in block_ids(span)}) == 1, f"{span=}"
+        assert self._codecs[block_ids(span)[0]] < codec, f"{span=} to {codec!r}"
+        for seq in holders:
+            assert seq.num_sealed >= end and seq.table[start:end] == span, f"{span=} {end=} {seq=}"
+        for block_id in block_ids(span):
+            assert self._ref_counts[block_id] == len(holders), f"{block_id=} has other holders"
 
-    def _num_blocks_for(self, num_tokens: int) -> int:
+    @property
+    def _num_unheld(self) -> int:
+        """Blocks that can be taken, the reserve included."""
+        return len(self._recycled) + self.num_blocks - self._num_touched + len(self._cached)
+
+    def _num_entries_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def _round_down(self, seq: Sequence, num_tokens: int) -> int:
+        """num_tokens, or the start of the compressed span that would be cut there."""
+        idx = num_tokens // self.block_size
+        if idx >= len(seq.table):
+            return num_tokens
+        _, codec, span_idx = unpack_entry(seq.table[idx])
+        return num_tokens if codec == Codec.NATIVE else (idx - span_idx) * self.block_size
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
         """Shorten what seq counts as claimed and sealed; its table is the caller's to cut."""
@@ -267,9 +357,10 @@ class BlockPool:
         assert not seq.is_freed and end > seq.num_tokens, f"{end=} {seq.num_tokens=}"
         table = seq.table
         is_copied = seq.num_tokens % self.block_size > 0 and not self._is_writable(table[-1])
-        num_new = self._num_blocks_for(end) - len(table) + is_copied
+        num_new = self._num_entries_for(end) - len(table)
         num_returned = is_copied and self._ref_counts[table[-1]] == 1
-        if num_new > self.num_free + num_returned:
+        # The copy may come from the reserve.
+        if num_new > self.num_free or num_new + is_copied > self._num_unheld + num_returned:
             return None
         ops: list[BlockOp] = []
         if is_copied:
@@ -280,8 +371,9 @@ class BlockPool:
             if table[-1] != old_id:
                 ops.append(CopyBlock(old_id, table[-1]))
                 self.counters.num_copies += 1
-        while len(table) * self.block_size < end:
+        for _ in range(num_new):
             table.append(self._take())
+        seq.num_blocks += num_new
         seq.num_tokens = end
         return ops
 
@@ -297,6 +389,7 @@ class BlockPool:
             self._forget(block_id)
             self.counters.num_evictions += 1
         self._ref_counts[block_id] = 1
+        self._codecs[block_id] = Codec.NATIVE
         return block_id
 
     def _release(self, block_ids: list[int]) -> None:
@@ -314,51 +407,4 @@ class BlockPool:
 
     def _forget(self, block_id: int) -> None:
         """Take a sealed block's key."""
-        prefix = self._prefixes[block_id]
-        assert prefix is not None, f"block {block_id} has no key"
-        del self._index[prefix.hash, Codec.NATIVE]
-        self._prefixes[block_id] = None
-
-    def _find(self, token_ids: list[int]) -> tuple[list[int], Prefix | None]:
-        """The sealed blocks of the longest prefix that leaves a token over, and that prefix."""
-        table: list[int] = []
-        prefix: Prefix | None = None
-        for idx in range((len(token_ids) - 1) // self.block_size):
-            block_id = self._lookup(self._extend(prefix, token_ids, idx))
-            if block_id is None:
-                break
-            table.append(block_id)
-            prefix = self._prefixes[block_id]
-        return table, prefix
-
-    def _lookup(self, prefix: Prefix) -> int | None:
-        """The block sealed with exactly these token ids; an equal hash alone is not believed."""
-        block_id = self._index.get((prefix.hash, Codec.NATIVE))
-        if block_id is None or not _is_same(self._prefixes[block_id], prefix):
-            return None
-        return block_id
-
-    def _extend(self, parent: Prefix | None, token_ids: list[int], idx: int) -> Prefix:
-        """`parent` and the ids of block `idx` after it."""
-        start = idx * self.block_size
-        packed = self._pack_ids(*token_ids[start : start + self.block_size])
-        return Prefix(parent, packed, self._hash(parent.hash if parent else b"", packed))
-
-    def _hash(self, parent_hash: bytes, packed_ids: bytes) -> bytes:
-        """sha256(fingerprint, salt, parent hash, token ids), each tagged and length-prefixed."""
-        hasher = self._hasher.copy()
-        hasher.update(_field(b"P", parent_hash) + _field(b"T", packed_ids))
-        return hasher.digest()
-
-
-def _field(tag: bytes, value: bytes) -> bytes:
-    return tag + len(value).to_bytes(8, "little") + value
-
-
-def _is_same(a: Prefix | None, b: Prefix | None) -> bool:
-    """Equal token ids all the way; one step when the parents are the same object, as most are."""
-    while a is not b:
-        if a is None or b is None or a.token_ids != b.token_ids:
-            return False
-        a, b = a.parent, b.parent
-    return True
+        self._index.forget(block_id, self._codecs[block_id])

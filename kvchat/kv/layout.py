@@ -26,6 +26,8 @@ from kvchat.errors import UsageError
 
 BLOCK_ID_BITS = 24  # 16.7 million blocks: 256 GiB of 16 KiB blocks
 SPAN_INDEX_BITS = 4  # an entry is an int32: codec (4 bits), index in the span (4), block id (24)
+_BLOCK_ID_MASK = (1 << BLOCK_ID_BITS) - 1
+_SPAN_INDEX_MASK = (1 << SPAN_INDEX_BITS) - 1 << BLOCK_ID_BITS
 K_GROUP = 64  # tokens that share an INT4 key channel's scale and zero
 MAX_V_GROUP = 64  # channels that share an INT4 value's scale, at most
 _SIDE_ALIGNMENT = 16  # bytes: one vector load of a GPU
@@ -49,9 +51,14 @@ def pack_entry(block_id: int, codec: Codec, span_idx: int) -> int:
 
 def unpack_entry(entry: int) -> tuple[int, Codec, int]:
     """(block_id, codec, span_idx) of a block table's entry; a native entry is its block id."""
-    span_idx = entry >> BLOCK_ID_BITS & ((1 << SPAN_INDEX_BITS) - 1)
+    span_idx = (entry & _SPAN_INDEX_MASK) >> BLOCK_ID_BITS
     codec = Codec(entry >> (BLOCK_ID_BITS + SPAN_INDEX_BITS))
-    return entry & ((1 << BLOCK_ID_BITS) - 1), codec, span_idx
+    return entry & _BLOCK_ID_MASK, codec, span_idx
+
+
+def block_ids(entries: list[int]) -> list[int]:
+    """The blocks of whole spans, each once, in order of position."""
+    return [entry & _BLOCK_ID_MASK for entry in entries if not entry & _SPAN_INDEX_MASK]
 
 
 def span_blocks(dtype: str, lowest: Codec) -> tuple[int, ...]:

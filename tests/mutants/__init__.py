@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from unittest import mock
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,34 @@ class Mutant:
     name: str
     module: str
     edits: tuple[tuple[str, str], ...]
+    user: str = ""  # the module to be checked, where that is one that imports `module`
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
 
 def load(mutant: Mutant) -> ModuleType:
-    """A fresh module with the edits in it; what others have imported stays as it is."""
+    """A fresh module with the edits in it; what others have imported stays as it is.
+
+    Where the mutant has a `user`, that one, fresh too, over the edited one.
+    """
     source = inspect.getsource(importlib.import_module(mutant.module))
     for old, new in mutant.edits:
         count = source.count(old)
         assert count == 1, f"{mutant.name}: {count} times in {mutant.module}, not once: {old!r}"
         source = source.replace(old, new)
-    module = ModuleType(mutant.module)
-    module.__file__ = f"<{mutant.name}>"
+    module = _execute(mutant.module, source, mutant.name)
+    if not mutant.user:
+        return module
+    with mock.patch.dict(sys.modules, {mutant.module: module}):
+        return _execute(
+            mutant.user, inspect.getsource(importlib.import_module(mutant.user)), mutant.name
+        )
+
+
+def _execute(module_name: str, source: str, mutant_name: str) -> ModuleType:
+    module = ModuleType(module_name)
+    module.__file__ = f"<{mutant_name}>"
     exec(compile(source, module.__file__, "exec"), module.__dict__)
     return module
 

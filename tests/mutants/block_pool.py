@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-COMPARE = (" or not _is_same(self._prefixes[block_id], prefix):", ":")
+COMPARE = (" or not is_same(self.prefixes[block_id], prefix):", ":")
 NO_PARENT = ('_field(b"P", parent_hash) + ', "")
 WEAK_HASH = ("return hasher.digest()", "return hasher.digest()[:1]")
 
@@ -13,10 +13,15 @@ def _mutant(name: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, "kvchat.kv.block_pool", edits)
 
 
+def index_mutant(name: str, *edits: tuple[str, str]) -> Mutant:
+    """A bug of the hash chain or of the index, under the pool."""
+    return Mutant(name, "kvchat.kv.prefix", edits, user="kvchat.kv.block_pool")
+
+
 MUTANTS = [
     _mutant(
         "fork forgets the last block's reference",
-        ("for block_id in child.table:", "for block_id in child.table[:-1]:"),
+        ("held_ids = block_ids(child.table)", "held_ids = block_ids(child.table[:-1])"),
     ),
     _mutant(
         "fork keeps the parent's sealed count",
@@ -57,7 +62,7 @@ MUTANTS = [
     ),
     _mutant(
         "truncate leaks a block",
-        ("dropped = seq.table[num_kept:]", "dropped = seq.table[num_kept + 1 :]"),
+        ("block_ids(seq.table[num_kept:])", "block_ids(seq.table[num_kept + 1 :])"),
     ),
     _mutant(
         "truncate keeps the longer prefix",
@@ -76,11 +81,14 @@ MUTANTS = [
     ),
     _mutant(
         "an append of one block too many is begun",
-        ("num_new > self.num_free + num_returned", "num_new > self.num_free + num_returned + 1"),
+        (
+            "num_new > self.num_free or num_new + is_copied > self._num_unheld + num_returned",
+            "num_new + is_copied > self._num_unheld + num_returned + 1",
+        ),
     ),
     _mutant(
         "the last block is never given",
-        ("num_new > self.num_free + num_returned", "num_new >= self.num_free + num_returned"),
+        ("num_new > self.num_free or", "num_new > max(0, self.num_free - 1) or"),
     ),
     _mutant(
         "a shared tail counts as a block to be had",
@@ -94,9 +102,9 @@ MUTANTS = [
         "stale key after an eviction",
         ("(last=False)\n            self._forget(block_id)\n", "(last=False)\n"),
     ),
-    _mutant(
+    index_mutant(
         "stale index after an eviction",
-        ("        del self._index[prefix.hash, Codec.NATIVE]\n", ""),
+        ("        del self._ids[prefix.hash, codec]\n", ""),
     ),
     _mutant(
         "a hit block stays in the free queue",
@@ -105,13 +113,13 @@ MUTANTS = [
     _mutant(
         "a hit takes no reference",
         (
-            "            self._ref_counts[block_id] += 1\n        return Sequence(table, len",
-            "        return Sequence(table, len",
+            "            self._ref_counts[block_id] += 1\n        num_tokens = len",
+            "        num_tokens = len",
         ),
     ),
-    _mutant(
+    index_mutant(
         "a total hit leaves nothing to compute",
-        ("range((len(token_ids) - 1) //", "range(len(token_ids) //"),
+        ("(len(token_ids) - 1) //", "len(token_ids) //"),
     ),
     _mutant(
         "seal of what is claimed but not computed",
@@ -121,29 +129,29 @@ MUTANTS = [
         "seal of a partial block",
         ("min(num_computed, len(token_ids)) //", "(min(num_computed, len(token_ids)) + 1) //"),
     ),
-    _mutant(
+    index_mutant(
         "seal keys a second equal block too",
-        ("not in self._index:", "or True:"),
+        ("not in self._ids:", "or True:"),
     ),
     _mutant(
         "unseal of the last block only",
         (
-            "for block_id in seq.table:\n            if self._prefixes[block_id] is not None:",
-            "for block_id in seq.table[-1:]:\n            if self._prefixes[block_id] is not None:",
+            "for block_id in block_ids(seq.table):\n            if self",
+            "for block_id in block_ids(seq.table)[-1:]:\n            if self",
         ),
     ),
-    _mutant("weak hash believed", WEAK_HASH, COMPARE),
-    _mutant(
+    index_mutant("weak hash believed", WEAK_HASH, COMPARE),
+    index_mutant(
         "hash without the parent believed",
         NO_PARENT,
         COMPARE,
     ),
-    _mutant(
+    index_mutant(
         "hash without the token ids believed",
         (' + _field(b"T", packed_ids)', ""),
         COMPARE,
     ),
-    _mutant(
+    index_mutant(
         "hash without the parent, only the block's own ids compared",
         NO_PARENT,
         ("        a, b = a.parent, b.parent\n", "        return True\n"),
