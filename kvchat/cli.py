@@ -120,6 +120,34 @@ def scheduling(show: Show) -> None:
     show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
 
 
+@cli.command(short_help="Say what fits, without loading anything.")
+@click.argument("model", required=False)
+@click.option("--shape", help="A well-known model instead: llama3-8b, qwen2.5-7b, ...")
+@click.option("--sessions", type=click.IntRange(1, 4096), default=8, show_default=True)
+@click.option("-c", "--ctx", "context", type=click.IntRange(16), help="Tokens of each session.")
+@click.option("--mem", help="Memory for everything: 24GiB. Default: what this machine has free.")
+@click.option("--kv-cache", type=click.Choice(["native", "int8", "int4"]), default="native")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
+@click.option("--mix", metavar="N,N,...", help="Tokens of chats, for paged against contiguous.")
+@click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md")
+@click.pass_obj
+def plan(show: Show, **flags: Any) -> None:  # noqa: ANN401
+    """Say what fits where: from MODEL's config.json and safetensors header, or from --shape alone.
+
+    No weights are read, no GPU is needed, nothing is downloaded.
+    """
+    from kvchat.bench.plan_report import PlanFlags, answer
+
+    model = None if flags["shape"] else flags["model"] or _shipped_model()
+    if flags["shape"] and flags["model"]:
+        raise UsageError(f"a model and a shape: {flags['model']} and --shape {flags['shape']}")
+    show.answer(answer(PlanFlags(**{**flags, "model": model})) + "\n", is_last=True)
+
+
 def _chat(runtime: Runtime, use_color: bool) -> int:
     from kvchat.terminal.repl import Repl
     from kvchat.terminal.screen import Terminal
