@@ -1,0 +1,440 @@
+// The machine behind emulator.h: fibers, barriers, warp operations, and the checks of memory.
+//
+// A launch runs its blocks one after another, a block's threads as fibers of one OS thread. Every
+// load and store of the kernel arrives here through the hooks that -fsanitize=thread inserts (the
+// sanitizer's own library is not linked). What is checked is listed in README.md.
+#include "emulator.h"
+
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/mman.h>
+
+#include <vector>
+
+#include "fiber.h"
+#include "shadow.h"
+#include "warp_ops.h"
+
+extern "C" char __ehdr_start __attribute__((visibility("hidden")));
+extern "C" char _end __attribute__((visibility("hidden")));
+extern "C" char __start_emulated_shared __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_emulated_shared __attribute__((weak, visibility("hidden")));
+
+namespace emulator {
+
+ThreadState now;
+
+namespace {
+
+constexpr int MAX_THREADS = 1024;
+constexpr size_t STACK_BYTES = 128 << 10;
+
+enum class State { RUNNABLE, AT_BARRIER, IN_WARP_OP, EXITED };
+
+struct Copy {  // a cp.async that has not landed
+    char* dst;
+    const char* src;
+    int num_bytes, src_bytes, group;
+};
+
+struct Thread {
+    Fiber fiber;
+    State state;
+    Index3 idx;
+    Op op;
+    unsigned mask;
+    Operands* operands;
+    const void* pc;  // where it waits
+    std::vector<Copy> copies;
+    int num_groups;  // cp.async groups committed
+};
+
+struct Array {
+    uintptr_t base, num_bytes;
+    bool is_writable;
+};
+
+Thread threads[MAX_THREADS];
+char* stacks;
+Fiber host;
+int current, num_threads, num_at_barrier, barrier_sum, num_exited;
+std::vector<Array> arrays;
+size_t last_array;
+std::vector<char> dynamic_memory;
+Shadow dynamic_shadow, static_shadow;
+Clock clock_now;  // its epoch goes on from block to block
+char message[2048];
+bool has_failed;
+long long counts[4];  // bytes read from and written to global memory, mma, __syncthreads
+void (*call_kernel)(void (*)(), void**);
+void (*kernel_entry)();
+void** kernel_args;
+
+int lane() { return current % 32; }
+
+void resume(int idx) {
+    Fiber& from = threads[current].fiber;
+    current = idx;
+    now.thread_idx = threads[idx].idx;
+    if (&threads[idx].fiber != &from) switch_fiber(from, threads[idx].fiber);
+}
+
+[[noreturn]] void stop(const void* pc, const char* format, ...) {
+    va_list list;
+    va_start(list, format);
+    int used = snprintf(message, sizeof message, "block (%u, %u, %u) thread (%u, %u, %u)",
+                        now.block_idx.x, now.block_idx.y, now.block_idx.z, now.thread_idx.x,
+                        now.thread_idx.y, now.thread_idx.z);
+    if (pc) {
+        long offset = static_cast<const char*>(pc) - &__ehdr_start;
+        used += snprintf(message + used, sizeof message - used, " at +0x%lx", offset);
+    }
+    used += snprintf(message + used, sizeof message - used, ": ");
+    vsnprintf(message + used, sizeof message - used, format, list);
+    va_end(list);
+    has_failed = true;
+    leave_fiber(host);
+}
+
+const char* state_name(const Thread& thread) {
+    switch (thread.state) {
+        case State::AT_BARRIER: return "waits at __syncthreads";
+        case State::IN_WARP_OP: return OP_NAMES[thread.op];
+        case State::EXITED: return "has returned";
+        default: return "runs";
+    }
+}
+
+// Nobody can go on: say who waits for whom.
+[[noreturn]] void deadlock() {
+    for (int idx = 0; idx < num_threads; ++idx) {
+        const Thread& thread = threads[idx];
+        if (thread.state != State::IN_WARP_OP) continue;
+        int first = idx - idx % 32;
+        for (int other = first; other < first + 32; ++other) {
+            bool is_named = thread.mask >> (other - first) & 1;
+            const Thread& peer = threads[other];
+            if (!is_named) continue;
+            bool is_there = other < num_threads && peer.state == State::IN_WARP_OP &&
+                            peer.op == thread.op && peer.mask == thread.mask;
+            if (is_there) continue;
+            now.thread_idx = thread.idx;
+            stop(thread.pc, "divergence: lane %d waits in %s (mask %08x) for lane %d, which %s",
+                 idx % 32, OP_NAMES[thread.op], thread.mask, other % 32,
+                 other < num_threads ? state_name(peer) : "does not exist");
+        }
+    }
+    for (int idx = 0; idx < num_threads; ++idx) {
+        if (threads[idx].state != State::AT_BARRIER) continue;
+        now.thread_idx = threads[idx].idx;
+        stop(threads[idx].pc, "divergence: __syncthreads reached by %d of %d threads, %d returned",
+             num_at_barrier, num_threads, num_exited);
+    }
+    stop(nullptr, "deadlock");
+}
+
+void yield() {
+    for (int step = 1; step <= num_threads; ++step) {
+        int idx = (current + step) % num_threads;
+        if (threads[idx].state == State::RUNNABLE) return resume(idx);
+    }
+    if (num_exited == num_threads) leave_fiber(host);
+    deadlock();
+}
+
+void run_thread() {
+    call_kernel(kernel_entry, kernel_args);
+    threads[current].state = State::EXITED;
+    ++num_exited;
+    yield();
+}
+
+Access access_now(bool is_write, bool is_atomic) {
+    return {clock_now.epoch, clock_now.warp_time[current], current, is_write, is_atomic};
+}
+
+void check_shared(Shadow& shadow, size_t offset, int num_bytes, const Access& access,
+                  const void* pc) {
+    Conflict conflict = shadow.note(offset, num_bytes, access, clock_now);
+    if (!conflict.text) return;
+    stop(pc, "%s (%s of %d bytes at byte %zu of %s shared memory; thread %d of the block)",
+         conflict.text, access.is_write ? "write" : "read", num_bytes, offset,
+         &shadow == &dynamic_shadow ? "dynamic" : "static", conflict.other);
+}
+
+bool is_module(uintptr_t address) {
+    return address >= reinterpret_cast<uintptr_t>(&__ehdr_start) &&
+           address < reinterpret_cast<uintptr_t>(&_end);
+}
+
+void check_global(uintptr_t address, int num_bytes, bool is_write, const void* pc) {
+    for (size_t tried = 0; tried < arrays.size(); ++tried) {
+        size_t idx = (last_array + tried) % arrays.size();
+        const Array& array = arrays[idx];
+        if (address - array.base >= array.num_bytes) continue;
+        if (address + num_bytes > array.base + array.num_bytes) break;
+        last_array = idx;
+        if (is_write && !array.is_writable) stop(pc, "write to a const argument");
+        counts[is_write] += num_bytes;
+        return;
+    }
+    if (is_module(address)) return;
+    stop(pc, "%s of %d bytes outside every argument%s", is_write ? "write" : "read", num_bytes,
+         address < 4096 ? " (null pointer)" : "");
+}
+
+// The offset of an address in a region, or -1.
+long offset_in(uintptr_t address, const void* base, size_t num_bytes) {
+    uintptr_t offset = address - reinterpret_cast<uintptr_t>(base);
+    return offset < num_bytes ? long(offset) : -1;
+}
+
+void check(const void* pointer, int num_bytes, bool is_write, bool is_atomic, const void* pc,
+           bool is_aligned = true) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+    if (offset_in(address, stacks + current * STACK_BYTES, STACK_BYTES) >= 0) return;
+    if (is_aligned && num_bytes <= 16 && address & (num_bytes - 1)) {
+        stop(pc, "misaligned %s of %d bytes", is_write ? "write" : "read", num_bytes);
+    }
+    Access access = access_now(is_write, is_atomic);
+    long offset = offset_in(address, dynamic_memory.data(), dynamic_shadow.size());
+    if (offset >= 0) {
+        if (offset + num_bytes > long(dynamic_shadow.size())) stop(pc, "beyond shared memory");
+        return check_shared(dynamic_shadow, offset, num_bytes, access, pc);
+    }
+    offset = offset_in(address, &__start_emulated_shared, static_shadow.size());
+    if (offset >= 0) return check_shared(static_shadow, offset, num_bytes, access, pc);
+    check_global(address, num_bytes, is_write, pc);
+}
+
+// The shadow and the offset of a shared address; stops when it is not one.
+Shadow& shared_at(const void* pointer, int num_bytes, size_t& offset, const void* pc) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+    long found = offset_in(address, dynamic_memory.data(), dynamic_shadow.size());
+    Shadow* shadow = &dynamic_shadow;
+    if (found < 0) {
+        found = offset_in(address, &__start_emulated_shared, static_shadow.size());
+        shadow = &static_shadow;
+    }
+    if (found < 0 || found + num_bytes > long(shadow->size())) {
+        stop(pc, "%d bytes that are not in shared memory", num_bytes);
+    }
+    offset = found;
+    return *shadow;
+}
+
+void release_barrier() {
+    ++clock_now.epoch;
+    ++counts[3];
+    num_at_barrier = 0;
+    for (int idx = 0; idx < num_threads; ++idx) threads[idx].state = State::RUNNABLE;
+}
+
+void start_block() {
+    ++clock_now.epoch;
+    clock_now.block_start = clock_now.epoch;
+    num_at_barrier = num_exited = barrier_sum = current = 0;
+    memset(dynamic_memory.data(), 0xff, dynamic_memory.size());
+    if (static_shadow.size()) memset(&__start_emulated_shared, 0xff, static_shadow.size());
+    for (int idx = 0; idx < num_threads; ++idx) {
+        Thread& thread = threads[idx];
+        unsigned plane = now.block_dim.x * now.block_dim.y;
+        thread.idx = {idx % now.block_dim.x, idx / now.block_dim.x % now.block_dim.y, idx / plane};
+        thread.state = State::RUNNABLE;
+        thread.copies.clear();
+        thread.num_groups = 0;
+        clock_now.warp_time[idx] = 0;
+        prepare_fiber(thread.fiber, stacks + idx * STACK_BYTES, STACK_BYTES, run_thread);
+    }
+    now.thread_idx = {0, 0, 0};
+    switch_fiber(host, threads[0].fiber);
+}
+
+}  // namespace
+
+void fail(const char* text) { stop(__builtin_return_address(0), "%s", text); }
+
+void sync_threads() {
+    Thread& thread = threads[current];
+    thread.pc = __builtin_return_address(0);
+    thread.state = State::AT_BARRIER;
+    if (++num_at_barrier == num_threads) return release_barrier();
+    yield();
+}
+
+int sync_threads_count(int predicate) {
+    if (num_at_barrier == 0) barrier_sum = 0;
+    barrier_sum += predicate != 0;
+    sync_threads();
+    int sum = barrier_sum;
+    sync_threads();  // nobody starts the next sum before all have read this one
+    return sum;
+}
+
+void* dynamic_shared() { return dynamic_memory.data(); }
+
+void collective(Op op, unsigned mask, Operands& operands) {
+    Thread& thread = threads[current];
+    thread.pc = __builtin_return_address(0);
+    if (!(mask >> lane() & 1)) stop(thread.pc, "%s by a lane that its mask leaves out", OP_NAMES[op]);
+    thread.op = op;
+    thread.mask = mask;
+    thread.operands = &operands;
+    thread.state = State::IN_WARP_OP;
+    int first = current - lane();
+    Operands* lanes[32] = {};
+    for (int idx = 0; idx < 32; ++idx) {
+        if (!(mask >> idx & 1)) continue;
+        const Thread& peer = threads[first + idx];
+        bool is_there = first + idx < num_threads && peer.state == State::IN_WARP_OP &&
+                        peer.op == op && peer.mask == mask;
+        if (!is_there) return yield();
+        lanes[idx] = peer.operands;
+    }
+    if (op >= MMA_16X8X16_F16 && op <= MMA_16X8X8_F16) ++counts[2];
+    bool is_whole = mask == 0xffffffffu;
+    for (int idx = 0; idx < 32; ++idx) {
+        if (!lanes[idx]) continue;
+        if (op >= LDMATRIX_X1 && op <= LDMATRIX_X4_TRANS && idx < ldmatrix_rows(op)) {
+            size_t offset;
+            Shadow& shadow = shared_at(lanes[idx]->address, 16, offset, thread.pc);
+            if (offset % 16) stop(thread.pc, "ldmatrix of a misaligned row (lane %d)", idx);
+            Access access = access_now(false, false);
+            access.thread = first + idx;
+            check_shared(shadow, offset, 16, access, thread.pc);
+        }
+        if (op == SYNC_WARP && is_whole) ++clock_now.warp_time[first + idx];
+    }
+    const char* error = run_warp_op(op, lanes);
+    if (error) stop(thread.pc, "%s", error);
+    for (int idx = 0; idx < 32; ++idx) {
+        if (lanes[idx]) threads[first + idx].state = State::RUNNABLE;
+    }
+}
+
+void note_read(const void* address, int num_bytes) {
+    check(address, num_bytes, false, false, __builtin_return_address(0));
+}
+
+void note_write(void* address, int num_bytes) {
+    check(address, num_bytes, true, false, __builtin_return_address(0));
+}
+
+void note_atomic(void* address, int num_bytes) {
+    check(address, num_bytes, true, true, __builtin_return_address(0));
+}
+
+void cp_async(void* dst, const void* src, int num_bytes, int src_bytes) {
+    const void* pc = __builtin_return_address(0);
+    size_t offset;
+    Shadow& shadow = shared_at(dst, num_bytes, offset, pc);
+    uintptr_t bits = offset | (src_bytes ? reinterpret_cast<uintptr_t>(src) : 0);
+    if (bits & (num_bytes - 1)) stop(pc, "misaligned cp.async of %d bytes", num_bytes);
+    if (src_bytes) check_global(reinterpret_cast<uintptr_t>(src), src_bytes, false, pc);
+    check_shared(shadow, offset, num_bytes, access_now(true, false), pc);
+    shadow.set_pending(offset, num_bytes, true);
+    memset(dst, 0xff, num_bytes);
+    Thread& thread = threads[current];
+    thread.copies.push_back({static_cast<char*>(dst), static_cast<const char*>(src), num_bytes,
+                             src_bytes, thread.num_groups});
+}
+
+void cp_async_commit() { ++threads[current].num_groups; }
+
+void cp_async_wait(int num_pending) {
+    Thread& thread = threads[current];
+    std::vector<Copy> left;
+    for (const Copy& copy : thread.copies) {
+        if (copy.group >= thread.num_groups - num_pending) {
+            left.push_back(copy);
+            continue;
+        }
+        size_t offset;
+        Shadow& shadow = shared_at(copy.dst, copy.num_bytes, offset, __builtin_return_address(0));
+        shadow.set_pending(offset, copy.num_bytes, false);
+        shadow.note(offset, copy.num_bytes, access_now(true, false), clock_now);
+        memset(copy.dst, 0, copy.num_bytes);
+        if (copy.src_bytes) memcpy(copy.dst, copy.src, copy.src_bytes);
+    }
+    thread.copies.swap(left);
+}
+
+void fence() {}
+
+int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, const int* shape) {
+    now.grid_dim = {unsigned(shape[0]), unsigned(shape[1]), unsigned(shape[2])};
+    now.block_dim = {unsigned(shape[3]), unsigned(shape[4]), unsigned(shape[5])};
+    num_threads = shape[3] * shape[4] * shape[5];
+    has_failed = false;
+    message[0] = 0;
+    if (num_threads < 1 || num_threads > MAX_THREADS) {
+        snprintf(message, sizeof message, "a block of %d threads", num_threads);
+        return 1;
+    }
+    if (!stacks) {
+        stacks = static_cast<char*>(mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    }
+    call_kernel = call;
+    kernel_entry = kernel;
+    kernel_args = args;
+    // 16 bytes more, so that the end of one array is not the start of another
+    dynamic_memory.resize(shape[6] + 16);
+    dynamic_shadow.resize(shape[6]);
+    static_shadow.resize(&__stop_emulated_shared - &__start_emulated_shared);
+    int num_blocks = shape[0] * shape[1] * shape[2];
+    for (int idx = 0; idx < num_blocks && !has_failed; ++idx) {
+        now.block_idx = {unsigned(idx % shape[0]), unsigned(idx / shape[0] % shape[1]),
+                         unsigned(idx / shape[0] / shape[1])};
+        start_block();
+    }
+    return has_failed;
+}
+
+extern "C" {
+
+// Memory that the next launch may touch; called once per pointer argument.
+void emulator_add_array(void* base, unsigned long long num_bytes, int is_writable) {
+    arrays.push_back({reinterpret_cast<uintptr_t>(base), num_bytes, is_writable != 0});
+}
+void emulator_reset() {
+    arrays.clear();
+    memset(counts, 0, sizeof counts);
+    last_array = 0;
+}
+const char* emulator_error() { return message; }
+const long long* emulator_counts() { return counts; }
+
+#define HOOKS(bytes)                                                                       \
+    void __tsan_read##bytes(void* p) { check(p, bytes, false, false, __builtin_return_address(0)); } \
+    void __tsan_write##bytes(void* p) { check(p, bytes, true, false, __builtin_return_address(0)); } \
+    void __tsan_unaligned_read##bytes(void* p) {                                           \
+        check(p, bytes, false, false, __builtin_return_address(0), false);                 \
+    }                                                                                      \
+    void __tsan_unaligned_write##bytes(void* p) {                                          \
+        check(p, bytes, true, false, __builtin_return_address(0), false);                  \
+    }                                                                                      \
+    void __tsan_volatile_read##bytes(void* p) {                                            \
+        check(p, bytes, false, true, __builtin_return_address(0));                         \
+    }                                                                                      \
+    void __tsan_volatile_write##bytes(void* p) {                                           \
+        check(p, bytes, true, true, __builtin_return_address(0));                          \
+    }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+void __tsan_read_range(void* p, unsigned long n) {
+    check(p, int(n), false, false, __builtin_return_address(0), false);
+}
+void __tsan_write_range(void* p, unsigned long n) {
+    check(p, int(n), true, false, __builtin_return_address(0), false);
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
+
+}  // namespace emulator
