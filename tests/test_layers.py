@@ -25,6 +25,7 @@ LAYERS = {
     "paths": 1,
 }
 TORCH_FREE = (
+    "kvchat.bench.plan_report",
     "kvchat.cli",
     "kvchat.kv.block_pool",
     "kvchat.kv.layout",

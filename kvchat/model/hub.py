@@ -76,13 +76,26 @@ def download(repo_id: str, progress: Callable[[str, int, int], None]) -> Path:
         ) from None
 
 
-def _cached(repo_id: str, error: Exception) -> Path:
-    """The folder a former run left in the cache."""
-    from huggingface_hub import constants, try_to_load_from_cache
+def cached_folder(repo_id: str) -> Path | None:
+    """The folder a former run left in the cache, None when there is none. No network."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(repo_id, "config.json")
+    except HFValidationError:  # no hub id at all
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
-    found = try_to_load_from_cache(repo_id, "config.json")
-    if isinstance(found, str):
-        return Path(found).parent
+
+def _cached(repo_id: str, error: Exception) -> Path:
+    from huggingface_hub import constants
+
+    folder = cached_folder(repo_id)
+    if folder is not None:
+        return folder
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{quoted(repo_id)} is not in the cache and HF_HUB_OFFLINE is set; unset it to download"
