@@ -277,10 +277,10 @@ class WeakHash(PrefixIndex):
     def hash(self, parent_hash: bytes, packed_ids: bytes) -> bytes:
         return super().hash(parent_hash, packed_ids)[:1]
 
-    def lookup(self, prefix: Prefix, codec: Codec) -> int | None:
-        block_id = super().lookup(prefix, codec)
-        self.num_refused += block_id is None and (prefix.hash, codec) in self._ids
-        return block_id
+    def lookup(self, prefix: Prefix, codec: Codec) -> tuple[int, Prefix] | None:
+        found = super().lookup(prefix, codec)
+        self.num_refused += found is None and (prefix.hash, codec) in self._ids
+        return found
 
 
 def test_an_8_bit_hash_gives_no_wrong_hit_in_100_000_look_ups(monkeypatch):

@@ -29,6 +29,7 @@ from itertools import pairwise
 from typing import Literal
 
 from kvchat.config import NULL_BLOCK_ID
+from kvchat.kv.counters import PoolCounters
 from kvchat.kv.integrity import check_blocks, check_sequences
 from kvchat.kv.layout import (
     BLOCK_ID_BITS,
@@ -76,23 +77,6 @@ class Sequence:
     num_sealed: int = 0  # leading entries whose hash is known
     prefix: Prefix | None = None  # of those entries
     is_freed: bool = False
-
-
-@dataclass(slots=True)
-class PoolCounters:
-    """Blocks counted since the start."""
-
-    num_evictions: int = 0  # cached ones taken, which lost their key
-    num_copies: int = 0  # copied because a tail was shared or sealed
-    # By (codec of the sources, codec of the block that they became):
-    num_compressions: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # spans
-    num_blocks_freed: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # by those
-
-    def count_compression(self, src_codec: Codec, codec: Codec, num_freed: int) -> None:
-        """One span was compressed and gave back so many blocks."""
-        kind = (src_codec, codec)
-        self.num_compressions[kind] = self.num_compressions.get(kind, 0) + 1
-        self.num_blocks_freed[kind] = self.num_blocks_freed.get(kind, 0) + num_freed
 
 
 class BlockPool:
@@ -209,8 +193,8 @@ class BlockPool:
         assert num_full * self.block_size <= seq.num_tokens, f"{num_computed} > {seq.num_tokens}"
         for idx in range(seq.num_sealed, num_full):
             prefix = self._index.extend(seq.prefix, token_ids, idx)
-            first_id = self._index.lookup(prefix, Codec.NATIVE)
-            seq.prefix = prefix if first_id is None else self._prefixes[first_id]
+            first = self._index.lookup(prefix, Codec.NATIVE)
+            seq.prefix = first[1] if first else prefix
             self._index.add(seq.table[idx], prefix, Codec.NATIVE)
         seq.num_sealed = num_full
 

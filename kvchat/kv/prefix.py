@@ -10,6 +10,7 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 
+from kvchat.config import NULL_BLOCK_ID
 from kvchat.kv.layout import Codec, pack_entry
 
 
@@ -70,12 +71,16 @@ class PrefixIndex:
         del self._ids[prefix.hash, codec]
         self.prefixes[block_id] = None
 
-    def lookup(self, prefix: Prefix, codec: Codec) -> int | None:
-        """The block sealed with exactly these token ids; an equal hash alone is not believed."""
-        block_id = self._ids.get((prefix.hash, codec))
-        if block_id is None or not is_same(self.prefixes[block_id], prefix):
+    def lookup(self, prefix: Prefix, codec: Codec) -> tuple[int, Prefix] | None:
+        """The block sealed with exactly these token ids, and its own object for them.
+
+        An equal hash alone is not believed.
+        """
+        block_id = self._ids.get((prefix.hash, codec), NULL_BLOCK_ID)
+        held = self.prefixes[block_id]
+        if held is None or not is_same(held, prefix):
             return None
-        return block_id
+        return block_id, held
 
     def find(self, token_ids: list[int]) -> tuple[list[int], Prefix | None]:
         """Table entries of the longest sealed prefix that leaves a token over, and that prefix.
@@ -94,10 +99,9 @@ class PrefixIndex:
                     return entries, chain[idx - 1] if entries else None
                 while len(chain) < end:
                     chain.append(self.extend(chain[-1] if chain else None, token_ids, len(chain)))
-                block_id = self.lookup(chain[end - 1], codec)
-                if block_id is not None:
+                if found := self.lookup(chain[end - 1], codec):
+                    block_id, chain[end - 1] = found
                     entries[start:] = [pack_entry(block_id, codec, i) for i in range(num_links)]
-                    chain[end - 1] = self.prefixes[block_id] or chain[end - 1]
                     break
             else:
                 break

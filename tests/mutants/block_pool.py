@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-COMPARE = (" or not is_same(self.prefixes[block_id], prefix):", ":")
+COMPARE = (" or not is_same(held, prefix):", ":")
 NO_PARENT = ('_field(b"P", parent_hash) + ', "")
 WEAK_HASH = ("return hasher.digest()", "return hasher.digest()[:1]")
 
