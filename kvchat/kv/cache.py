@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kvchat.config import NULL_BLOCK_ID, KVSpec
 from kvchat.errors import CapacityError
-from kvchat.kv.block_pool import BlockOp, CopyBlock
+from kvchat.kv import codecs
+from kvchat.kv.block_pool import BlockOp, CompressSpan, CopyBlock
+from kvchat.kv.layout import BlockLayout, Codec
+
+# Float32 K and V encoded at a time: a few times this is the scratch, and it fits a CPU's cache.
+ENCODE_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class PoolBytes:
+    """Where the bytes of the pool's tensors are; they add up to KVCache.num_bytes."""
+
+    by_codec: dict[Codec, int]  # of blocks that hold tokens: payload and the side bytes they use
+    unused_side: int  # of the same blocks: side bytes that a lower codec would need
+    free: int  # all of the blocks that hold nothing, the null block included
 
 
 class KVCache:
-    """One tensor for the whole run; its strides are the layout that every backend is told.
+    """Two tensors for the whole run; their strides are the layout that every backend is told.
 
     blocks: [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim] in spec.dtype.
+    payload: the same memory as uint8 [num_blocks, num_layers, 2, num_kv_heads, part_bytes].
+    side: scales and zeros, uint8 [num_blocks, num_layers, num_kv_heads, side_bytes].
     On a CPU the memory is reserved and not touched, so that memory in use grows with the chats;
     the null block is zero and stays zero.
     """
 
-    def __init__(self, spec: KVSpec, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        lowest: Codec = Codec.NATIVE,
+    ) -> None:
         self.spec = spec
+        self.layout = BlockLayout(spec, lowest)
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        side_shape = (num_blocks, spec.num_layers, spec.num_kv_heads, self.layout.side_bytes)
         try:
             self.blocks = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device)
+            self.side = torch.empty(side_shape, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's out of memory, on any device
-            size = num_blocks * spec.bytes_per_block
+            size = num_blocks * self.layout.bytes_per_block
             raise CapacityError(
                 f"a KV pool of {size} bytes could not be reserved; lower --kv-mem"
             ) from error
-        self.blocks[NULL_BLOCK_ID].zero_()
+        self.payload = self.blocks.view(torch.uint8).flatten(-2)
+        self.payload[NULL_BLOCK_ID].zero_()
+        self.side[NULL_BLOCK_ID].zero_()
 
     @property
     def num_blocks(self) -> int:
@@ -37,15 +67,80 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes reserved: exactly num_blocks * spec.bytes_per_block."""
-        return self.blocks.nbytes
+        """Bytes reserved: exactly num_blocks * layout.bytes_per_block."""
+        return self.blocks.nbytes + self.side.nbytes
 
     def layer(self, layer_idx: int) -> Tensor:
         """A view of one layer: [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
         return self.blocks[:, layer_idx]
 
+    def block_bytes(self, codec: Codec) -> int:
+        """Bytes of both tensors that one block of this codec uses, counted on the tensors."""
+        side = self.side[NULL_BLOCK_ID, ..., : self.layout.side_used(codec)]
+        return self.payload[NULL_BLOCK_ID].nbytes + side.nbytes
+
+    def audit(self, num_held: Mapping[Codec, int]) -> PoolBytes:
+        """All bytes of the tensors, counted anew, when so many blocks of each codec hold tokens."""
+        by_codec = {codec: n * self.block_bytes(codec) for codec, n in num_held.items()}
+        total = sum(x.untyped_storage().nbytes() for x in (self.blocks, self.side))
+        reserved = sum(num_held.values()) * (total // self.num_blocks)
+        return PoolBytes(by_codec, reserved - sum(by_codec.values()), total - reserved)
+
     def apply(self, ops: list[BlockOp]) -> None:
         """Do the block operations, in order: one may read what one before it wrote."""
-        for op in ops:
-            assert isinstance(op, CopyBlock), f"{op} is not known yet"
-            self.blocks[op.dst].copy_(self.blocks[op.src])
+        for run in _runs(ops):
+            if isinstance(run, CopyBlock):
+                self.payload[run.dst].copy_(self.payload[run.src])
+                self.side[run.dst].copy_(self.side[run.src])
+            else:
+                self._compress(run)
+
+    def _compress(self, ops: list[CompressSpan]) -> None:
+        """Do ops of one kind in pieces of about ENCODE_BYTES: many spans, or some layers of one."""
+        spec, num_tokens = self.spec, self.layout.span_tokens(ops[0].codec)
+        layer_bytes = 2 * spec.num_kv_heads * num_tokens * spec.head_dim * 4
+        num_layers = max(1, min(ENCODE_BYTES // layer_bytes, spec.num_layers))
+        num_ops = max(1, ENCODE_BYTES // (layer_bytes * spec.num_layers))
+        for i in range(0, len(ops), num_ops):
+            for j in range(0, spec.num_layers, num_layers):
+                self._encode(ops[i : i + num_ops], slice(j, j + num_layers))
+
+    def _encode(self, ops: list[CompressSpan], layers: slice) -> None:
+        """Read the sources of all ops, these layers, then write all targets."""
+        src_codec, codec, device = ops[0].src_codec, ops[0].codec, self.blocks.device
+        srcs = torch.tensor([op.srcs for op in ops], device=device)
+        dsts = torch.tensor([op.dst for op in ops], device=device)
+        payload, side = self.payload[srcs, layers], self.side[srcs, layers]
+        values = codecs.decode(src_codec, payload, side, self.layout)
+        # [ops, srcs, layers, heads, tokens, head_dim] -> [ops, layers, heads, all tokens, head_dim]
+        k, v = (x.permute(0, 2, 3, 1, 4, 5).flatten(3, 4) for x in values)
+        encoded = codecs.encode(codec, k, v, self.layout)
+        self.payload[dsts, layers], self.side[dsts, layers] = encoded
+
+
+def _runs(ops: list[BlockOp]) -> Iterator[CopyBlock | list[CompressSpan]]:
+    """The operations in order; compressions of one kind that follow each other come together
+    unless one reads or writes what another of them wrote.
+    """
+    run: list[CompressSpan] = []
+    written: set[int] = set()
+    for op in ops:
+        if run and not _fits(op, run[0], written):
+            yield run
+            run, written = [], set()
+        if isinstance(op, CompressSpan):
+            run.append(op)
+            written.add(op.dst)
+        else:
+            yield op
+    if run:
+        yield run
+
+
+def _fits(op: BlockOp, first: CompressSpan, written: set[int]) -> bool:
+    """Whether op may be done with compressions like `first` that write these blocks."""
+    return (
+        isinstance(op, CompressSpan)
+        and (op.src_codec, op.codec) == (first.src_codec, first.codec)
+        and written.isdisjoint((op.dst, *op.srcs))
+    )
