@@ -5,8 +5,10 @@ import pytest
 from kvchat.config import KVSpec
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv import planner
+from kvchat.kv.layout import BlockLayout, Codec
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+LAYOUT = BlockLayout(SPEC)
 BLOCK = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, head_dim, tokens, bytes
 GIB = 2**30
 
@@ -46,20 +48,28 @@ def test_sizes_are_shown_in_the_unit_people_expect():
 
 
 def test_the_default_pool_is_the_smaller_of_4_gib_and_40_percent():
-    assert planner.plan_num_blocks(SPEC, None, available=5 * GIB) == 2 * GIB // BLOCK
-    assert planner.plan_num_blocks(SPEC, None, available=100 * GIB) == 4 * GIB // BLOCK
+    assert planner.plan_num_blocks(LAYOUT, None, available=5 * GIB) == 2 * GIB // BLOCK
+    assert planner.plan_num_blocks(LAYOUT, None, available=100 * GIB) == 4 * GIB // BLOCK
 
 
 def test_a_pool_larger_than_memory_is_refused():
     with pytest.raises(CapacityError, match=r"wants 3.0 GiB but 2.0 GiB are available"):
-        planner.plan_num_blocks(SPEC, "3GiB", available=2 * GIB)
+        planner.plan_num_blocks(LAYOUT, "3GiB", available=2 * GIB)
 
 
 def test_a_pool_too_small_for_one_chat_names_the_least_that_works():
     with pytest.raises(CapacityError, match=r"at least 40.0 KiB"):
-        planner.plan_num_blocks(SPEC, "8KiB", available=GIB)
+        planner.plan_num_blocks(LAYOUT, "8KiB", available=GIB)
 
-    assert planner.plan_num_blocks(SPEC, "40KiB", available=GIB) == 5
+    assert planner.plan_num_blocks(LAYOUT, "40KiB", available=GIB) == 5
+
+
+@pytest.mark.parametrize(("lowest", "side"), [(Codec.INT8, 256), (Codec.INT4, 368)])
+def test_side_arrays_are_part_of_what_a_pool_takes(lowest, side):
+    layout = BlockLayout(SPEC, lowest)
+    num_pieces = 2 * 2  # layers, kv heads
+
+    assert planner.plan_num_blocks(layout, "1MiB", GIB) == 2**20 // (BLOCK + num_pieces * side)
 
 
 def test_available_memory_is_a_plausible_number():

@@ -11,6 +11,7 @@ from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool
+from kvchat.kv.layout import BlockLayout, Codec
 from kvchat.kv.planner import available_memory, format_size, plan_num_blocks
 from kvchat.model.source import ModelSource, Progress
 
@@ -38,11 +39,17 @@ class EngineFacts:
     dtype: str
     spec: KVSpec
     scheduler: SchedulerConfig
+    lowest: Codec = Codec.NATIVE  # codec that a block may come to
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The bytes of a block."""
+        return BlockLayout(self.spec, self.lowest)
 
     @property
     def pool_bytes(self) -> int:
-        """The whole pool in bytes, null block included."""
-        return self.scheduler.num_blocks * self.spec.bytes_per_block
+        """The whole pool in bytes, null block and side array included."""
+        return self.scheduler.num_blocks * self.layout.bytes_per_block
 
     @property
     def pool_tokens(self) -> int:
@@ -59,9 +66,11 @@ def choose_device(device: str) -> str:
     return "cpu"
 
 
-def _scheduler_config(spec: KVSpec, config: ModelConfig, options: EngineOptions) -> SchedulerConfig:
+def _scheduler_config(
+    layout: BlockLayout, config: ModelConfig, options: EngineOptions
+) -> SchedulerConfig:
     """The caps of a step. A context that was asked for is given in full or refused."""
-    num_blocks = plan_num_blocks(spec, options.kv_mem, available_memory())
+    num_blocks = plan_num_blocks(layout, options.kv_mem, available_memory())
     made = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=options.block_size,
@@ -70,10 +79,10 @@ def _scheduler_config(spec: KVSpec, config: ModelConfig, options: EngineOptions)
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     if options.context and made.max_request_tokens < options.context:
-        needed = (-(-options.context // spec.block_size) + 1) * spec.bytes_per_block
+        needed = (-(-options.context // options.block_size) + 1) * layout.bytes_per_block
         raise CapacityError(
             f"--ctx-size {options.context} needs a KV pool of {format_size(needed)}, and it has"
-            f" {format_size(num_blocks * spec.bytes_per_block)}; raise --kv-mem to {needed} or"
+            f" {format_size(num_blocks * layout.bytes_per_block)}; raise --kv-mem to {needed} or"
             f" lower --ctx-size to {made.max_request_tokens}"
         )
     return made
@@ -116,12 +125,13 @@ def build_engine(
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
-    scheduler_config = _scheduler_config(spec, config, options)
-    cache = KVCache(spec, scheduler_config.num_blocks, device)
+    layout = BlockLayout(spec)
+    scheduler_config = _scheduler_config(layout, config, options)
+    cache = KVCache(spec, scheduler_config.num_blocks, device, layout.lowest)
     rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)
     runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
     pool = BlockPool(scheduler_config.num_blocks, options.block_size, source.fingerprint)
-    engine = Engine(Scheduler(scheduler_config, pool), runner, listener, spec.bytes_per_block)
-    return engine, EngineFacts(device, dtype, spec, scheduler_config)
+    engine = Engine(Scheduler(scheduler_config, pool), runner, listener, layout.bytes_per_block)
+    return engine, EngineFacts(device, dtype, spec, scheduler_config, layout.lowest)

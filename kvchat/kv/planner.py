@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from kvchat.config import KVSpec
 from kvchat.errors import CapacityError, UsageError, quoted
+from kvchat.kv.layout import BlockLayout
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _CPU_POOL_LIMIT = 4 * 2**30
@@ -63,8 +63,8 @@ def available_memory(root: Path = Path("/")) -> int:
     return max(0, min(available, limit - used + given_back))
 
 
-def plan_num_blocks(spec: KVSpec, kv_mem: str | None, available: int) -> int:
-    """Blocks of the pool, the null block included.
+def plan_num_blocks(layout: BlockLayout, kv_mem: str | None, available: int) -> int:
+    """Blocks of the pool, the null block included, their side pieces counted.
 
     `kv_mem` is the user's size or share; None means the smaller of 4 GiB and 40 % of what is
     available. Raises CapacityError when that is more than there is, or too little for one chat.
@@ -77,11 +77,11 @@ def plan_num_blocks(spec: KVSpec, kv_mem: str | None, available: int) -> int:
             f"the KV pool wants {format_size(wanted)} but {format_size(available)} are available; "
             f"lower --kv-mem"
         )
-    num_blocks = wanted // spec.bytes_per_block
+    num_blocks = wanted // layout.bytes_per_block
     if num_blocks < _MIN_BLOCKS:
-        least = format_size(_MIN_BLOCKS * spec.bytes_per_block)
+        least = format_size(_MIN_BLOCKS * layout.bytes_per_block)
         raise CapacityError(
             f"a KV pool of {format_size(wanted)} holds {num_blocks} blocks of "
-            f"{format_size(spec.bytes_per_block)}; raise --kv-mem to at least {least}"
+            f"{format_size(layout.bytes_per_block)}; raise --kv-mem to at least {least}"
         )
     return num_blocks
