@@ -13,10 +13,11 @@
 //   argument `x_stride` (long long, elements); otherwise it must be contiguous.
 //   Static shared memory: __shared__ arrays of plain types; dynamic: DYNAMIC_SHARED(type, name).
 //   16-byte accesses go through load16/store16, which the emulator checks for alignment.
+//   Nothing is contracted to fused multiply-adds (as on the emulator): write fmaf where one is meant.
 //   Stay convergent: mma, ldmatrix, movmatrix and shuffles need all 32 lanes.
 // How a test launches one, on the emulator: tests/emulator.py
 //     kernel = emulated("name", HEAD_DIM=64, SCALAR_BF16=0)     (-DARCH: 800, or ARCH=750)
-//     kernel(grid, block, [out, x, 3, x.stride(0)], shared_bytes)     torch CPU or numpy arrays
+//     kernel(grid, block, [out, x, 3, x.stride(0)], shared_bytes)     torch CPU tensors
 //   and on a GPU: kvchat/attention/kernels.py, load("name", defines).launch(grid, block, ...).
 #pragma once
 
@@ -74,6 +75,18 @@ __device__ __forceinline__ uint4 load16_stream(const void* address) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+#endif
+}
+
+__device__ __forceinline__ uint2 load8_stream(const void* address) {
+#ifdef KVCHAT_EMULATOR
+    ::emulator::note_read(address, 8);
+    return *static_cast<const uint2*>(address);
+#else
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #endif
 }
@@ -230,6 +243,16 @@ __device__ __forceinline__ void int4_to_half(u32 codes, u32 (&low)[2], u32 (&hig
         low[i] = fma2<half_t>(biased, 0x3c003c00u, 0xe400e400u);
         biased = lop3<AND_OR>(spread[i], 0x00f000f0u, 0x64006400u);  // 1024 + 16 c
         high[i] = fma2<half_t>(biased, 0x2c002c00u, 0xd400d400u);  // / 16 - 64
+    }
+}
+
+// Two rows of INT4 values, bytes x0 x1 (low half of `codes`) of one and y0 y1 of the other, to pairs
+// (x, y) less 7.5, exactly: of the low four bits of byte 0, of byte 1, then of the high four bits.
+__device__ __forceinline__ void int4_to_centred_half(u32 codes, u32 (&low)[2], u32 (&high)[2]) {
+    u32 shifted[4] = {codes << 4, codes >> 4, codes, codes >> 8};
+    for (int i = 0; i < 4; ++i) {
+        u32 biased = lop3<AND_OR>(shifted[i], 0x00f000f0u, 0x54005400u);  // 64 + c
+        (i < 2 ? low[i] : high[i - 2]) = fma2<half_t>(biased, 0x3c003c00u, 0xd478d478u);
     }
 }
 

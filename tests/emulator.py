@@ -1,4 +1,4 @@
-"""Runs a kernel of kernels_cu/ on the CPU, through kernels_cu/emulator, on torch or numpy arrays.
+"""Runs a kernel of kernels_cu/ on the CPU, through kernels_cu/emulator, on torch CPU tensors.
 
     kernel = emulated("rms_norm", SCALAR_BF16=0, ARCH=800)
     kernel((rows, 1, 1), (128, 1, 1), [out, x, ...], shared_bytes=0)
@@ -15,7 +15,9 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from kvchat.attention.kernels import Parameter, check_args, kernel_names, signature
+from torch import Tensor
+
+from kvchat.attention.signature import Parameter, check_args, kernel_names, signature
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "kernels_cu"
@@ -152,16 +154,11 @@ def _digest(*parts: object) -> str:
     return sha.hexdigest()[:16]
 
 
-def _memory(array) -> tuple[int, int]:
-    """Address and bytes of the memory an array spans, from its first element to its last."""
-    if array is None:
+def _memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and bytes of the memory a tensor spans, from its first element to its last."""
+    if tensor is None or tensor.numel() == 0:
         return 0, 0
-    if hasattr(array, "data_ptr"):
-        strides, item, address = array.stride(), array.element_size(), array.data_ptr()
-    else:
-        item, address = array.itemsize, array.ctypes.data
-        strides = [stride // item for stride in array.strides]
-    if 0 in array.shape:
-        return address, 0
-    steps = sum((size - 1) * stride for size, stride in zip(array.shape, strides, strict=True))
-    return address, (steps + 1) * item
+    steps = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.data_ptr(), (steps + 1) * tensor.element_size()

@@ -1,169 +1,200 @@
-"""CUDA sources: from a file of kernels_cu/ to checked arguments. Imports no torch, no CuPy.
+"""CUDA kernels from source to launch: NVRTC, a cubin cache of our own, CuPy's low-level function.
 
-A kernel's signature in its source is the one description of its arguments: dtype, constness and
-width are read from it and checked before every launch, on a GPU (attention/launch) and in the
-tests' emulator alike.
+torch and CuPy are imported when a GPU is used; compiling needs NVRTC alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import re
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvchat.paths import data_dir
+import numpy as np
 
-Defines = Mapping[str, int]
+from kvchat.attention.nvrtc import load_nvrtc
+from kvchat.attention.signature import Defines, Parameter, check_args, inline_source, signature
+from kvchat.errors import UsageError
+from kvchat.paths import cache_dir
 
-_KERNEL = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\('
-)
-_PARAMETER = re.compile(r"(const )?((?:unsigned |signed |long )?\w+)(?: const)?\s*(\*?)\s*(\w+)")
-_POINTER_DTYPES = {
-    "half_t": "float16",
-    "bfloat16_t": "bfloat16",
-    "float": "float32",
-    "unsigned char": "uint8",
-    "u8": "uint8",
-    "signed char": "int8",
-    "s8": "int8",
-    "int": "int32",
-    "unsigned int": "int32",  # torch counts in signed numbers
-    "u32": "int32",
-    "long long": "int64",
-    "s64": "int64",
-}
-_SCALAR_KINDS = {"int": "int32", "long long": "int64", "s64": "int64", "float": "float32"}
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1, "int32": 4}
-_VECTOR_BYTES = 16  # kernels read 16-bit and 8-bit elements by the vector
+if TYPE_CHECKING:
+    from cupy.cuda import ExternalStream
+    from cupy.cuda.function import Function, Module
+    from torch import Tensor
+
+MIN_ARCH = 75  # Turing: the oldest with the tensor core instructions the kernels use
+_DEFAULT_SHARED_BYTES = 48 << 10  # a kernel that wants more says so before its first launch
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NUMBERS: dict[str, type] = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
+
+
+def compile_options(defines: Defines, arch: int) -> list[str]:
+    """NVRTC's options. No contraction to fused multiply-adds: sums are those the source writes,
+    as the codecs' definition and the emulator compute them."""
+    constants = [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    return [f"-arch=sm_{arch}", "-std=c++17", "--fmad=false", "-lineinfo", *constants]
+
+
+def compile_kernel_file(
+    file_name: str, defines: Defines, arch: int, cuda_major: int | None = None
+) -> bytes:
+    """The cubin of a file of kernels_cu/ for sm_<arch>, from the user's cache if it is there.
+
+    The key is a hash of source, options, compiler version: a changed file compiles anew.
+    """
+    compiler = load_nvrtc(cuda_major)
+    source, options = inline_source(file_name), compile_options(defines, arch)
+    key = hashlib.sha256()
+    for field in (source, *options, f"nvrtc {compiler.version}"):
+        data = field.encode()
+        key.update(len(data).to_bytes(8, "little") + data)
+    path = cache_dir() / "cubin" / f"{Path(file_name).stem}-{key.hexdigest()}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    cubin, _ = compiler.compile(source, file_name, options)
+    # A cache that cannot be written (a full disk, a read-only home) costs time, nothing else.
+    with contextlib.suppress(OSError):
+        _write_whole(path, cubin)
+    return cubin
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write so that no other process ever reads a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One argument of a kernel: an array of `dtype` (is_array) or a number of that width."""
+class Kernel:
+    """A loaded kernel. Launches on torch's current stream, which may be capturing a graph."""
 
     name: str
-    dtype: str
-    is_array: bool
-    is_const: bool
+    parameters: tuple[Parameter, ...]
+    max_shared_bytes: int
+    function: Function
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence[Tensor | float | None],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Check the arguments, then launch. Allocates nothing on the device and waits for nothing.
+
+        Grids and blocks of no threads are our own mistake, as is more shared memory than load()
+        was told.
+        """
+        try:
+            check_args(self.parameters, args)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}: {error}") from None
+        assert min(grid) > 0 and min(block) > 0, f"{self.name}: grid {grid}, block {block}"
+        assert shared_bytes <= self.max_shared_bytes, f"{self.name}: {shared_bytes} shared bytes"
+        packed = [
+            _address(arg) if parameter.is_array else _NUMBERS[parameter.dtype](arg)
+            for parameter, arg in zip(self.parameters, args, strict=True)
+        ]
+        self.function(grid, block, packed, shared_bytes, current_stream())
 
 
-def inline_source(file_name: str) -> str:
-    """The text of a file of kernels_cu/ with its quoted includes put in place, each once.
+def _address(arg: Tensor | float | None) -> np.uint64:
+    """A device pointer of the right width. Raises ValueError for a tensor that is not on a GPU."""
+    if arg is None:
+        return np.uint64(0)
+    tensor: Tensor = arg  # type: ignore[assignment]
+    if tensor.device.type != "cuda":
+        raise ValueError(f"a tensor on {tensor.device} was given to a kernel")
+    return np.uint64(tensor.data_ptr())
 
-    The emulator's headers are left out: a GPU compiler never reaches them.
+
+def current_stream() -> ExternalStream:
+    """torch's current stream, as CuPy takes it; during a capture, the stream that captures."""
+    import torch
+
+    return _external_stream(torch.cuda.current_stream().cuda_stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _external_stream(handle: int) -> ExternalStream:
+    from cupy.cuda import ExternalStream
+
+    return ExternalStream(handle)
+
+
+def load_kernel(
+    file_name: str,
+    kernel_name: str,
+    defines: Defines,
+    max_shared_bytes: int = _DEFAULT_SHARED_BYTES,
+) -> Kernel:
+    """Compile or fetch, load on torch's current device, and allow that much dynamic shared memory.
+
+    To be called before a capture: loading synchronises. Raises UsageError where the GPU or the
+    installation cannot run the kernels.
     """
-    seen: set[str] = set()
+    import torch
+    from cupy.cuda import driver
 
-    def expand(name: str) -> str:
-        if name in seen or name.startswith("emulator/"):
-            return ""
-        seen.add(name)
-        text = (data_dir("kernels_cu") / name).read_text()
-        text = re.sub(r"^#pragma once$", "", text, flags=re.MULTILINE)
-        return re.sub(
-            r'^#include "([^"]+)"$', lambda m: expand(m.group(1)), text, flags=re.MULTILINE
-        )
-
-    return expand(file_name)
+    assert not torch.cuda.is_current_stream_capturing(), f"{kernel_name} loaded inside a capture"
+    module = _load_module(
+        file_name, tuple(sorted(defines.items())), torch.cuda.current_device(), check_cuda()
+    )
+    function = module.get_function(kernel_name)
+    if max_shared_bytes > _DEFAULT_SHARED_BYTES:
+        driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, max_shared_bytes)
+    parameters = signature(file_name, kernel_name, defines)
+    return Kernel(kernel_name, parameters, max_shared_bytes, function)
 
 
 @functools.cache
-def _signatures(file_name: str) -> dict[str, str]:
-    """By kernel: the text between the brackets of its signature, comments removed."""
-    text = (data_dir("kernels_cu") / file_name).read_text()
-    text = re.sub(r"//[^\n]*", "", text)
-    return {
-        found.group(1): text[found.end() : text.index(")", found.end())]
-        for found in _KERNEL.finditer(text)
-    }
+def _load_module(
+    file_name: str, defines: tuple[tuple[str, int], ...], device_idx: int, cuda_major: int
+) -> Module:
+    import torch
+    from cupy.cuda.function import Module
+
+    major, minor = torch.cuda.get_device_capability(device_idx)
+    module = Module()
+    module.load(compile_kernel_file(file_name, dict(defines), 10 * major + minor, cuda_major))
+    return module
 
 
-def kernel_names(file_name: str) -> list[str]:
-    """The kernels a file defines, in its order."""
-    return list(_signatures(file_name))
+@functools.cache
+def check_cuda() -> int:
+    """The CUDA major version that torch and CuPy share. Raises UsageError with what to install."""
+    import torch
 
-
-def signature(file_name: str, kernel_name: str, defines: Defines) -> tuple[Parameter, ...]:
-    """The parameters of a kernel, in order; scalar_t as SCALAR_BF16 says."""
-    scalar = "bfloat16_t" if defines.get("SCALAR_BF16") else "half_t"
-    text = _signatures(file_name)[kernel_name]
-    return tuple(_parameter(part, scalar) for part in text.split(",") if part.strip())
-
-
-def _parameter(text: str, scalar: str) -> Parameter:
-    plain = " ".join(text.replace("__restrict__", " ").split())
-    found = _PARAMETER.fullmatch(plain.replace("long long", "long_long"))
-    assert found, f"kernel parameter {plain!r} cannot be read"
-    is_const, kind, star, name = found.groups()
-    kind = kind.replace("long_long", "long long")
-    kind = scalar if kind == "scalar_t" else kind
-    dtypes = _POINTER_DTYPES if star else _SCALAR_KINDS
-    assert kind in dtypes, f"kernel parameter {plain!r}: no rule for {kind}"
-    return Parameter(name, dtypes[kind], bool(star), bool(is_const) or not star)
-
-
-def check_args(parameters: Sequence[Parameter], args: Sequence[Any]) -> None:
-    """Raise TypeError or ValueError where an argument is not what the kernel's signature says.
-
-    Arrays are torch tensors or numpy arrays, or None for a null pointer: of the dtype, contiguous
-    (or, with a parameter `<name>_stride`, strided in the first dimension by exactly that many
-    elements), and aligned for vectors where elements are of 1 or 2 bytes. Numbers fit their width.
-    """
-    if len(args) != len(parameters):
-        raise TypeError(f"{len(args)} arguments for {len(parameters)} parameters")
-    strides = {
-        parameter.name: arg
-        for parameter, arg in zip(parameters, args, strict=True)
-        if parameter.name.endswith("_stride")
-    }
-    for parameter, arg in zip(parameters, args, strict=True):
-        if not parameter.is_array:
-            _check_number(parameter, arg)
-        elif arg is not None:
-            _check_array(parameter, arg, strides.get(f"{parameter.name}_stride"))
-
-
-def _check_number(parameter: Parameter, arg: Any) -> None:
-    if parameter.dtype == "float32":
-        if not isinstance(arg, float):
-            raise TypeError(f"{parameter.name} is a float, not {arg!r}")
-        return
-    bits = 31 if parameter.dtype == "int32" else 63
-    if not isinstance(arg, int):
-        raise TypeError(f"{parameter.name} is an integer, not {arg!r}")
-    if not -(1 << bits) <= arg < 1 << bits:
-        raise ValueError(f"{parameter.name} = {arg} does not fit in {bits + 1} bits")
-
-
-def _check_array(parameter: Parameter, array: Any, stride: int | None) -> None:
-    dtype = str(array.dtype).removeprefix("torch.")
-    if dtype != parameter.dtype:
-        raise TypeError(f"{parameter.name} must be {parameter.dtype}, not {dtype}")
-    strides, address = _strides(array), _address(array)
-    first = 0
-    if stride is not None and len(strides) > 1:
-        first = 1
-        if array.shape[0] > 1 and strides[0] != stride:
-            raise ValueError(f"{parameter.name} has rows {strides[0]} apart, not {stride}")
-    wanted = 1
-    for size, found in reversed(list(zip(array.shape[first:], strides[first:], strict=True))):
-        if size > 1 and found != wanted:
-            raise ValueError(f"{parameter.name} is not contiguous: {array.shape} by {strides}")
-        wanted *= size
-    item = _ITEM_BYTES.get(dtype, 8)
-    if item <= 2 and (address % _VECTOR_BYTES or (stride or 0) * item % _VECTOR_BYTES):
-        raise ValueError(f"{parameter.name} is not aligned to {_VECTOR_BYTES} bytes")
-
-
-def _strides(array: Any) -> tuple[int, ...]:
-    """Strides in elements."""
-    if hasattr(array, "data_ptr"):
-        return tuple(array.stride())
-    return tuple(stride // array.itemsize for stride in array.strides)
-
-
-def _address(array: Any) -> int:
-    return int(array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data)
+    if torch.version.cuda is None:
+        raise UsageError(
+            f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
+        )
+    torch_major = int(torch.version.cuda.split(".")[0])
+    try:
+        import cupy
+    except ImportError as error:
+        raise UsageError(
+            f"CuPy is missing; install it for torch's CUDA: pip install 'kvchat[cuda{torch_major}]'"
+        ) from error
+    cupy_major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if cupy_major != torch_major:
+        raise UsageError(
+            f"torch is built for CUDA {torch_major} and CuPy for CUDA {cupy_major}; they must be"
+            f" the same: pip uninstall cupy-cuda{cupy_major}x, then"
+            f" pip install 'kvchat[cuda{torch_major}]'"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < MIN_ARCH:
+        raise UsageError(
+            f"{torch.cuda.get_device_name()} is sm_{major}{minor}; kvchat's CUDA kernels need"
+            f" sm_{MIN_ARCH} or newer: use --device cpu"
+        )
+    return torch_major
