@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvchat.config import NULL_BLOCK_ID
-from kvchat.kv.layout import Codec, block_ids, pack_entry, unpack_entry
+from kvchat.kv.layout import Codec, pack_entry, unpack_entry
 from kvchat.kv.prefix import is_same
 
 if TYPE_CHECKING:
@@ -33,42 +33,41 @@ def check_sequences(pool: BlockPool, sequences: list[Sequence]) -> None:
     """The live sequences are these: their tables are sound and explain every reference."""
     num_refs = [0] * pool.num_blocks
     for seq in sequences:
-        _check_counts(pool, seq)
-        _check_spans(pool, seq)
-        _check_text(pool, seq)
-        for block_id in block_ids(seq.table):
+        assert len(seq.table) == -(-seq.num_tokens // pool.block_size), f"{seq=}"
+        assert seq.num_sealed * pool.block_size <= seq.num_tokens, f"{seq=}"
+        ids_by_end = _check_spans(pool, seq)
+        assert seq.num_blocks == len(ids_by_end), f"{seq=}"
+        _check_text(pool, seq, ids_by_end)
+        for block_id in ids_by_end.values():
             num_refs[block_id] += 1
     assert num_refs == pool._ref_counts, f"named {num_refs} times, {pool._ref_counts=}"
 
 
-def _check_counts(pool: BlockPool, seq: Sequence) -> None:
-    assert len(seq.table) == -(-seq.num_tokens // pool.block_size), f"{seq=}"
-    assert seq.num_sealed * pool.block_size <= seq.num_tokens, f"{seq=}"
-    assert seq.num_blocks == len(block_ids(seq.table)), f"{seq=}"
-
-
-def _check_spans(pool: BlockPool, seq: Sequence) -> None:
-    """Compressed blocks stand whole, aligned and sealed."""
-    table, idx = seq.table, 0
-    while idx < len(table):
-        block_id, codec, _ = unpack_entry(table[idx])
-        num_entries = pool.span_blocks[codec]
-        span = [pack_entry(block_id, codec, i) for i in range(num_entries)]
-        assert table[idx : idx + num_entries] == span, f"{idx=} is not {span=}: {seq=}"
-        assert idx % num_entries == 0, f"{span=} at {idx=}: {seq=}"
+def _check_spans(pool: BlockPool, seq: Sequence) -> dict[int, int]:
+    """Compressed blocks stand whole, aligned and sealed. Blocks by the index of the next entry."""
+    table, end = seq.table, 0
+    ids_by_end: dict[int, int] = {}
+    while end < len(table):
+        start = end
+        block_id, codec, span_idx = unpack_entry(table[start])
+        assert span_idx == 0, f"{start=} is the middle of a span: {seq=}"
         assert codec == pool._codecs[block_id], f"{block_id=} is {pool._codecs[block_id]!r}: {seq=}"
-        idx += num_entries
-        assert codec == Codec.NATIVE or idx <= seq.num_sealed, f"{span=} is not sealed: {seq=}"
+        end += pool.span_blocks[codec]
+        ids_by_end[end] = block_id
+        if codec != Codec.NATIVE:
+            span = [pack_entry(block_id, codec, i) for i in range(end - start)]
+            assert table[start:end] == span, f"{start=} is not {span=}: {seq=}"
+            assert start % len(span) == 0 and end <= seq.num_sealed, f"{start=} {span=} {seq=}"
+    return ids_by_end
 
 
-def _check_text(pool: BlockPool, seq: Sequence) -> None:
+def _check_text(pool: BlockPool, seq: Sequence, ids_by_end: dict[int, int]) -> None:
     """The keys of what is sealed are those of the sequence's own text."""
-    prefix, table = seq.prefix, seq.table
-    for idx in reversed(range(seq.num_sealed)):
+    prefix = seq.prefix
+    for end in range(seq.num_sealed, 0, -1):
         assert prefix is not None, f"prefix shorter than {seq.num_sealed} entries"
-        block_id, codec, span_idx = unpack_entry(table[idx])
-        if span_idx == pool.span_blocks[codec] - 1:
-            held = pool._prefixes[block_id]
-            assert held is None or is_same(held, prefix), f"{block_id=} holds another text"
+        if end in ids_by_end:
+            held = pool._prefixes[ids_by_end[end]]
+            assert held is None or is_same(held, prefix), f"{ids_by_end[end]} holds another text"
         prefix = prefix.parent
     assert prefix is None, f"prefix longer than {seq.num_sealed} entries"

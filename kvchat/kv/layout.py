@@ -41,6 +41,7 @@ class Codec(IntEnum):
     INT4 = 2
 
 
+_CODECS = tuple(Codec)
 CODEC_BITS = {Codec.INT8: 8, Codec.INT4: 4}
 
 
@@ -52,7 +53,7 @@ def pack_entry(block_id: int, codec: Codec, span_idx: int) -> int:
 def unpack_entry(entry: int) -> tuple[int, Codec, int]:
     """(block_id, codec, span_idx) of a block table's entry; a native entry is its block id."""
     span_idx = (entry & _SPAN_INDEX_MASK) >> BLOCK_ID_BITS
-    codec = Codec(entry >> (BLOCK_ID_BITS + SPAN_INDEX_BITS))
+    codec = _CODECS[entry >> (BLOCK_ID_BITS + SPAN_INDEX_BITS)]
     return entry & _BLOCK_ID_MASK, codec, span_idx
 
 

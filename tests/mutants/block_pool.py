@@ -156,4 +156,157 @@ MUTANTS = [
         NO_PARENT,
         ("        a, b = a.parent, b.parent\n", "        return True\n"),
     ),
+    # Compressed spans
+    _mutant(
+        "all entries of a span name its first piece",
+        ("[pack_entry(dst, codec, i) for", "[pack_entry(dst, codec, 0) for"),
+    ),
+    _mutant(
+        "the entries of a span are numbered backwards",
+        ("(dst, codec, i) for", "(dst, codec, num_entries - 1 - i) for"),
+    ),
+    _mutant(
+        "a compressed block is keyed as a native one",
+        ("self._index.add(dst, prefix, codec)", "self._index.add(dst, prefix, Codec.NATIVE)"),
+    ),
+    _mutant(
+        "a compressed block is keyed at its span's start",
+        ("prefix = self._prefixes[srcs[-1]]", "prefix = self._prefixes[srcs[0]]"),
+    ),
+    _mutant(
+        "a compressed block is not keyed",
+        ("            self._index.add(dst, prefix, codec)\n", "            pass\n"),
+    ),
+    _mutant(
+        "a block compressed from unsealed ones is keyed",
+        ("if prefix is not None and is_sealed:", "if prefix is not None:"),
+    ),
+    _mutant(
+        "what was compressed keeps its key",
+        ("                self._forget(src)\n", "                pass\n"),
+    ),
+    _mutant(
+        "what was compressed is freed twice",
+        ("self._recycled.append(src)", "self._recycled += [src, src]"),
+    ),
+    _mutant(
+        "what was compressed is not freed",
+        ("            self._ref_counts[src] = 0\n            self._recycled.append(src)\n", ""),
+    ),
+    _mutant(
+        "a span is compressed into one of its own blocks",
+        ("        dst = self._take()\n", ""),
+        (
+            "        self._ref_counts[dst] = len",
+            "        dst = self._take()\n        self._ref_counts[dst] = len",
+        ),
+    ),
+    _mutant(
+        "only the first holder's table is rewritten",
+        (
+            "for seq in holders:\n            seq.table",
+            "for seq in holders[:1]:\n            seq.table",
+        ),
+    ),
+    _mutant(
+        "a compressed block has one reference",
+        ("        self._ref_counts[dst] = len(holders)\n", ""),
+    ),
+    _mutant(
+        "a compressed block counts as a native one",
+        ("        self._codecs[dst] = codec\n", ""),
+    ),
+    _mutant(
+        "a block taken again stays compressed",
+        ("        self._codecs[block_id] = Codec.NATIVE\n", ""),
+    ),
+    _mutant(
+        "a compressed span still counts all of its blocks",
+        ("            seq.num_blocks -= len(srcs) - 1\n", ""),
+    ),
+    _mutant(
+        "who holds a part of the span is ignored",
+        ("return found if num_refs == {len(found)} else None", "return found"),
+    ),
+    _mutant(
+        "who has sealed a part of the span counts as a holder",
+        ("if s.num_sealed >= end and s.table", "if s.table"),
+    ),
+    _mutant(
+        "a shared span is never compressed",
+        (
+            "return found if num_refs == {len(found)} else None",
+            "return found if num_refs == {1} else None",
+        ),
+    ),
+    _mutant(
+        "compress does not use the reserve",
+        ("        if not self._num_unheld:\n", "        if not self.num_free:\n"),
+    ),
+    _mutant(
+        "ordinary claims take the reserve",
+        ("num_new > self.num_free or ", ""),
+    ),
+    _mutant(
+        "a copy does not use the reserve",
+        ("num_new > self.num_free or", "num_new + is_copied > self.num_free + num_returned or"),
+    ),
+    _mutant(
+        "truncate keeps a part of a compressed span",
+        ("num_tokens = self._round_down(seq, num_tokens)\n        self._cut", "self._cut"),
+    ),
+    _mutant(
+        "fork keeps a part of a compressed span",
+        ("num_tokens = self._round_down(seq, num_tokens)\n        child", "child"),
+    ),
+    _mutant(
+        "a cut span is kept up to the cut entry",
+        ("(idx - span_idx) * self.block_size", "idx * self.block_size"),
+    ),
+    _mutant(
+        "a span that ends at the cut is given up",
+        ("idx = num_tokens // self", "idx = (num_tokens - 1) // self"),
+    ),
+    _mutant(
+        "fork takes a reference for each entry",
+        (
+            "held_ids = block_ids(child.table)",
+            "held_ids = [unpack_entry(entry)[0] for entry in child.table]",
+        ),
+    ),
+    _mutant(
+        "a hit takes a reference for each entry",
+        ("held_ids = block_ids(table)", "held_ids = [unpack_entry(entry)[0] for entry in table]"),
+    ),
+    index_mutant(
+        "a look-up takes the smallest block",
+        ("in self._span_blocks:", "in self._span_blocks[::-1]:"),
+        (
+            "                    return entries, chain[idx - 1] if entries else None\n",
+            "                    continue\n",
+        ),
+    ),
+    index_mutant(
+        "a look-up of a codec finds another's key",
+        (
+            "self._ids.get((prefix.hash, codec), NULL_BLOCK_ID)",
+            "max(self._ids.get((prefix.hash, c), 0) for c in Codec)",
+        ),
+    ),
+    index_mutant(
+        "a short native prefix hides the compressed one",
+        ("start = idx - idx % num_links", "start = idx"),
+    ),
+    index_mutant(
+        "a compressed hit leaves nothing to compute",
+        ("if end > num_usable:", "if end * self._block_size > len(token_ids):"),
+    ),
+    index_mutant(
+        "a look-up knows two codecs",
+        ("in self._span_blocks:", "in self._span_blocks[:2]:"),
+    ),
+    index_mutant(
+        "what follows a compressed block is looked up behind another text",
+        ("block_id, chain[end - 1] = found", "block_id, chain[-1] = found[0], chain[0]"),
+    ),
 ]
