@@ -467,7 +467,6 @@ def test_check_integrity_sees_a_broken_span():
     broken(lambda pool, seq: pool._prefixes.__setitem__(8, None))
     broken(lambda pool, seq: setattr(seq, "num_blocks", 7))
     broken(lambda pool, seq: setattr(seq, "num_sealed", 3))
-    broken(lambda pool, seq: setattr(pool, "num_reserved", -1))
 
 
 def test_a_pool_refuses_spans_that_do_not_nest_and_a_reserve_without_a_block_beside_it():
