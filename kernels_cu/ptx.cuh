@@ -48,23 +48,26 @@ constexpr u32 FULL_MASK = 0xffffffffu;
 #ifdef KVCHAT_EMULATOR
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
 #else
-#define DYNAMIC_SHARED(type, name)                          \
-    extern __shared__ uint4 dynamic_shared_memory[];        \
-    type* name = reinterpret_cast<type*>(dynamic_shared_memory)
+extern __shared__ uint4 dynamic_shared_memory[];
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(dynamic_shared_memory)
 #endif
 
 __device__ __forceinline__ uint4 load16(const void* address) {
 #ifdef KVCHAT_EMULATOR
-    ::emulator::note_read(address, 16);
-#endif
+    uint4 v;
+    ::emulator::load(&v, address, 16);
+    return v;
+#else
     return *static_cast<const uint4*>(address);
+#endif
 }
 
 __device__ __forceinline__ void store16(void* address, uint4 value) {
 #ifdef KVCHAT_EMULATOR
-    ::emulator::note_write(address, 16);
-#endif
+    ::emulator::store(address, &value, 16);
+#else
     *static_cast<uint4*>(address) = value;
+#endif
 }
 
 // Global memory that is read once and by nobody who writes it: not kept in L1.
@@ -81,8 +84,9 @@ __device__ __forceinline__ uint4 load16_stream(const void* address) {
 
 __device__ __forceinline__ uint2 load8_stream(const void* address) {
 #ifdef KVCHAT_EMULATOR
-    ::emulator::note_read(address, 8);
-    return *static_cast<const uint2*>(address);
+    uint2 v;
+    ::emulator::load(&v, address, 8);
+    return v;
 #else
     uint2 v;
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"

@@ -313,12 +313,14 @@ void collective(Op op, unsigned mask, Operands& operands) {
     }
 }
 
-void note_read(const void* address, int num_bytes) {
+void load(void* value, const void* address, int num_bytes) {
     check(address, num_bytes, false, false, __builtin_return_address(0));
+    memcpy(value, address, num_bytes);
 }
 
-void note_write(void* address, int num_bytes) {
+void store(void* address, const void* value, int num_bytes) {
     check(address, num_bytes, true, false, __builtin_return_address(0));
+    memcpy(address, value, num_bytes);
 }
 
 void note_atomic(void* address, int num_bytes) {

@@ -54,8 +54,8 @@ void sync_threads();
 int sync_threads_count(int predicate);
 void* dynamic_shared();
 [[noreturn]] void fail(const char* text);
-void note_read(const void* address, int num_bytes);
-void note_write(void* address, int num_bytes);
+void load(void* value, const void* address, int num_bytes);  // checked as one access
+void store(void* address, const void* value, int num_bytes);
 void note_atomic(void* address, int num_bytes);
 void cp_async(void* dst, const void* src, int num_bytes, int src_bytes);
 void cp_async_commit();
