@@ -25,7 +25,8 @@ BUILD = ROOT / "build" / "emulator"
 # -O1: half of -O2's compile time, and the checks take most of the run.
 KERNEL_FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fsanitize=thread",
-    "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-DKVCHAT_EMULATOR", "-x", "c++",
+    "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
+    "-DKVCHAT_EMULATOR", "-x", "c++",
 ]  # fmt: skip
 RUNTIME_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Werror"]
 _CTYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
