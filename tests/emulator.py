@@ -45,7 +45,12 @@ def emulated(name: str, kernel: str = "", folder: Path = SOURCES, **defines: int
 
 
 class EmulatedKernel:
-    """Call it with grid, block, arguments, dynamic shared bytes."""
+    """Call it with grid, block, arguments, dynamic shared bytes.
+
+    has_reversed_blocks: the grid's last block runs first.
+    """
+
+    has_reversed_blocks = False
 
     def __init__(self, library: _Library, name: str, parameters: tuple[Parameter, ...]) -> None:
         self.parameters = parameters
@@ -60,6 +65,7 @@ class EmulatedKernel:
         check_args(self.parameters, args)
         library = self._library.handle
         library.emulator_reset()
+        library.emulator_set_order(int(self.has_reversed_blocks))
         boxes = []
         for parameter, arg in zip(self.parameters, args, strict=True):
             if parameter.is_array:
@@ -112,7 +118,7 @@ class _Library:
             lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
         except FileNotFoundError:
             return message
-        places = [line.split(" ")[0] for line in lines if line]
+        places = [line.split(" ")[0] for line in lines if line and "emulator.h" not in line]
         return f"{before} at {' < '.join(places)}:{text}"
 
 

@@ -64,8 +64,9 @@ size_t last_array;
 std::vector<char> dynamic_memory;
 Shadow dynamic_shadow, static_shadow;
 Clock clock_now;  // its epoch goes on from block to block
-char message[2048];
+char message[2048], details[256];
 bool has_failed;
+int block_order;
 long long counts[4];  // bytes read from and written to global memory, mma, __syncthreads
 void (*call_kernel)(void (*)(), void**);
 void (*kernel_entry)();
@@ -97,12 +98,12 @@ void resume(int idx) {
     leave_fiber(host);
 }
 
-const char* state_name(const Thread& thread) {
+const char* place_name(const Thread& thread) {
     switch (thread.state) {
-        case State::AT_BARRIER: return "waits at __syncthreads";
+        case State::AT_BARRIER: return "at __syncthreads";
         case State::IN_WARP_OP: return OP_NAMES[thread.op];
-        case State::EXITED: return "has returned";
-        default: return "runs";
+        case State::EXITED: return "at its end";
+        default: return "running";
     }
 }
 
@@ -116,13 +117,13 @@ const char* state_name(const Thread& thread) {
             bool is_named = thread.mask >> (other - first) & 1;
             const Thread& peer = threads[other];
             if (!is_named) continue;
-            bool is_there = other < num_threads && peer.state == State::IN_WARP_OP &&
-                            peer.op == thread.op && peer.mask == thread.mask;
+            bool is_there = peer.state == State::IN_WARP_OP && peer.op == thread.op &&
+                            peer.mask == thread.mask;
             if (is_there) continue;
             now.thread_idx = thread.idx;
-            stop(thread.pc, "divergence: lane %d waits in %s (mask %08x) for lane %d, which %s",
+            stop(thread.pc, "divergence: lane %d waits in %s (mask %08x) for lane %d, which is %s%s",
                  idx % 32, OP_NAMES[thread.op], thread.mask, other % 32,
-                 other < num_threads ? state_name(peer) : "does not exist");
+                 peer.state == State::IN_WARP_OP ? "in " : "", place_name(peer));
         }
     }
     for (int idx = 0; idx < num_threads; ++idx) {
@@ -158,9 +159,14 @@ void check_shared(Shadow& shadow, size_t offset, int num_bytes, const Access& ac
                   const void* pc) {
     Conflict conflict = shadow.note(offset, num_bytes, access, clock_now);
     if (!conflict.text) return;
-    stop(pc, "%s (%s of %d bytes at byte %zu of %s shared memory; thread %d of the block)",
-         conflict.text, access.is_write ? "write" : "read", num_bytes, offset,
-         &shadow == &dynamic_shadow ? "dynamic" : "static", conflict.other);
+    const char* which = &shadow == &dynamic_shadow ? "dynamic" : "static";
+    int used = snprintf(details, sizeof details, "%s of %d bytes at byte %zu of %s shared memory",
+                        access.is_write ? "write" : "read", num_bytes, offset, which);
+    if (conflict.other >= 0) {
+        snprintf(details + used, sizeof details - used, ", by thread %d of the block",
+                 conflict.other);
+    }
+    stop(pc, "%s (%s)", conflict.text, details);
 }
 
 bool is_module(uintptr_t address) {
@@ -235,6 +241,7 @@ void start_block() {
     ++clock_now.epoch;
     clock_now.block_start = clock_now.epoch;
     num_at_barrier = num_exited = barrier_sum = current = 0;
+    for (Thread& thread : threads) thread.state = State::EXITED;  // lanes that do not exist, too
     memset(dynamic_memory.data(), 0xff, dynamic_memory.size());
     if (static_shadow.size()) memset(&__start_emulated_shared, 0xff, static_shadow.size());
     for (int idx = 0; idx < num_threads; ++idx) {
@@ -287,8 +294,8 @@ void collective(Op op, unsigned mask, Operands& operands) {
     for (int idx = 0; idx < 32; ++idx) {
         if (!(mask >> idx & 1)) continue;
         const Thread& peer = threads[first + idx];
-        bool is_there = first + idx < num_threads && peer.state == State::IN_WARP_OP &&
-                        peer.op == op && peer.mask == mask;
+        bool is_there =
+            peer.state == State::IN_WARP_OP && peer.op == op && peer.mask == mask;
         if (!is_there) return yield();
         lanes[idx] = peer.operands;
     }
@@ -386,7 +393,8 @@ int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, cons
     dynamic_shadow.resize(shape[6]);
     static_shadow.resize(&__stop_emulated_shared - &__start_emulated_shared);
     int num_blocks = shape[0] * shape[1] * shape[2];
-    for (int idx = 0; idx < num_blocks && !has_failed; ++idx) {
+    for (int count = 0; count < num_blocks && !has_failed; ++count) {
+        int idx = block_order ? num_blocks - 1 - count : count;
         now.block_idx = {unsigned(idx % shape[0]), unsigned(idx / shape[0] % shape[1]),
                          unsigned(idx / shape[0] / shape[1])};
         start_block();
@@ -405,6 +413,8 @@ void emulator_reset() {
     memset(counts, 0, sizeof counts);
     last_array = 0;
 }
+// Blocks from the first to the last (0), or from the last to the first (1).
+void emulator_set_order(int order) { block_order = order; }
 const char* emulator_error() { return message; }
 const long long* emulator_counts() { return counts; }
 

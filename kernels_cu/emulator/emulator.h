@@ -64,7 +64,7 @@ void fence();
 int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, const int* shape);
 
 template <class T>
-T shuffle(Op op, unsigned mask, T value, int argument, int width) {
+__attribute__((always_inline)) inline T shuffle(Op op, unsigned mask, T value, int argument, int width) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
     T result;
     for (unsigned part = 0; part < sizeof(T) / 4; ++part) {
@@ -78,7 +78,7 @@ T shuffle(Op op, unsigned mask, T value, int argument, int width) {
     return result;
 }
 
-inline unsigned ballot(unsigned mask, int predicate) {
+__attribute__((always_inline)) inline unsigned ballot(unsigned mask, int predicate) {
     Operands operands = {};
     operands.in[0] = predicate != 0;
     collective(VOTE_BALLOT, mask, operands);
@@ -131,11 +131,11 @@ int launch_typed(void (*kernel)(A...), void** args, const int* shape) {
 #define blockDim (::emulator::now.block_dim)
 #define gridDim (::emulator::now.grid_dim)
 
-inline void __syncthreads() { emulator::sync_threads(); }
-inline int __syncthreads_count(int predicate) { return emulator::sync_threads_count(predicate); }
-inline int __syncthreads_or(int predicate) { return emulator::sync_threads_count(predicate) != 0; }
-inline int __syncthreads_and(int predicate) { return emulator::sync_threads_count(!predicate) == 0; }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+__forceinline__ void __syncthreads() { emulator::sync_threads(); }
+__forceinline__ int __syncthreads_count(int predicate) { return emulator::sync_threads_count(predicate); }
+__forceinline__ int __syncthreads_or(int predicate) { return emulator::sync_threads_count(predicate) != 0; }
+__forceinline__ int __syncthreads_and(int predicate) { return emulator::sync_threads_count(!predicate) == 0; }
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) {
     emulator::Operands operands = {};
     emulator::collective(emulator::SYNC_WARP, mask, operands);
 }
@@ -143,26 +143,26 @@ inline void __threadfence() { emulator::fence(); }
 inline void __threadfence_block() { emulator::fence(); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
     return emulator::shuffle(emulator::SHUFFLE_IDX, mask, value, lane, width);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
     return emulator::shuffle(emulator::SHUFFLE_UP, mask, value, delta, width);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
     return emulator::shuffle(emulator::SHUFFLE_DOWN, mask, value, delta, width);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
     return emulator::shuffle(emulator::SHUFFLE_XOR, mask, value, lane_mask, width);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
     return emulator::ballot(mask, predicate);
 }
-inline int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) {
+__forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate) != 0; }
+__forceinline__ int __all_sync(unsigned mask, int predicate) {
     return emulator::ballot(mask, !predicate) == 0;
 }
 

@@ -53,7 +53,7 @@ class Shadow {
 
     struct Byte {
         uint32_t write_epoch = 0, write_time = 0, read_epoch = 0, read_time = 0;
-        int16_t writer = 0, reader = 0;
+        int16_t writer = 0, reader = 0, last_reader = 0;
         bool is_pending = false, is_atomic = false;
     };
 
@@ -83,7 +83,7 @@ class Shadow {
 
     static Conflict note_write(Byte& byte, const Access& access) {
         if (byte.read_epoch == access.epoch && !are_reads_ordered(byte, access)) {
-            return {"data race with a read", byte.reader & (ONE_WARP - 1)};
+            return {"data race with a read", byte.last_reader};
         }
         byte.write_epoch = access.epoch;
         byte.write_time = access.warp_time;
@@ -102,6 +102,7 @@ class Shadow {
             reader = byte.reader & MANY || !is_one_warp ? MANY : ONE_WARP | warp;
         }
         byte.reader = reader;
+        byte.last_reader = access.thread;
         byte.read_epoch = access.epoch;
         byte.read_time = access.warp_time;
     }

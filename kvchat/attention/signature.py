@@ -39,6 +39,7 @@ _POINTER_DTYPES = {
     "s64": "int64",
 }
 _SCALAR_KINDS = {"int": "int32", "long long": "int64", "s64": "int64", "float": "float32"}
+_EMULATOR = "emulator/emulator.h"
 VECTOR_BYTES = 16  # kernels read 16-bit and 8-bit elements by the vector
 
 
@@ -55,12 +56,12 @@ class Parameter:
 def inline_source(file_name: str) -> str:
     """The text of a file of kernels_cu/ with its quoted includes put in place, each once.
 
-    The emulator's headers are left out: a GPU compiler never reaches them.
+    The emulator's header is left out: a GPU compiler never reaches it.
     """
     seen: set[str] = set()
 
     def expand(name: str) -> str:
-        if name in seen or name.startswith("emulator/"):
+        if name in seen or name == _EMULATOR:
             return ""
         seen.add(name)
         text = (data_dir("kernels_cu") / name).read_text()
