@@ -76,7 +76,7 @@ class PoolWalk:
         """Walk, or raise WalkFailure."""
         actions = [self.start, self.append, self.exhaust, self.seal]
         actions += [self.fork, self.truncate, self.free, self.unseal, self.compress]
-        plan = self.rng.choices(actions, weights=[16, 40, 2, 18, 8, 8, 8, 1, 12], k=num_steps)
+        plan = self.rng.choices(actions, weights=[16, 40, 3, 18, 8, 8, 8, 1, 16], k=num_steps)
         step = -1
         try:
             for action in plan:
@@ -132,7 +132,11 @@ class PoolWalk:
             return
         text = self.rng.choice(self.texts)
         token_ids = text[: self.rng.randint(0, len(text))]
-        num_new = self.rng.randint(not token_ids, 6)
+        if self.rng.random() < 0.5:  # whole spans and no more: all that is stored, but for a token
+            token_ids = token_ids[: len(token_ids) // 4 * 4]
+            num_new = not token_ids
+        else:
+            num_new = self.rng.randint(not token_ids, 6)
         token_ids = token_ids + self.rng.choices(ALPHABET, k=num_new)
         num_matched = self.pool.match(token_ids)
         best = self.best_codecs(token_ids)
@@ -160,8 +164,16 @@ class PoolWalk:
             relief(self.rng.choice(self.chats))
 
     def exhaust(self, chat: Chat) -> None:
+        """More than there is, and then the last block."""
         self.land()
-        assert not self.claim(chat, (self.pool.num_free + 2) * self.block_size)
+        size, num_tokens = self.block_size, chat.seq.num_tokens
+        assert not self.claim(chat, (self.pool.num_free + 2) * size)
+        end = (len(chat.seq.table) + self.pool.num_free) * size
+        if num_tokens < end <= 2 * MAX_CHAT_TOKENS:
+            missing = max(end - len(chat.token_ids), 0)
+            chat.token_ids = chat.token_ids + self.rng.choices(ALPHABET, k=missing)
+            if self.claim(chat, end - num_tokens):
+                self.launch(chat)
 
     def claim(self, chat: Chat, num_tokens: int) -> bool:
         """Append, and do its block operations on the shadow."""
@@ -250,6 +262,7 @@ class PoolWalk:
     def truncate(self, chat: Chat) -> None:
         num_tokens = self.rng.randint(0, chat.seq.num_tokens)
         num_kept = self.num_kept(chat, num_tokens)
+        assert self.pool.num_kept(chat.seq, num_tokens) == num_kept, f"{num_tokens} {num_kept}"
         self.remember(chat)
         assert self.pool.truncate(chat.seq, num_tokens) == num_kept, f"{num_tokens} {num_kept}"
         assert chat.seq.num_tokens == num_kept, f"{chat} {num_kept}"
@@ -337,6 +350,21 @@ class PoolWalk:
         self.counts["compress with the reserve only"] += num_unheld <= self.num_reserved
         self.counts["compress what is not to be found"] += not was_sealed
         self.counts["compress twice"] += is_taken
+        if self.rng.random() < 0.05:
+            self.fail(op, holders)
+
+    def fail(self, op: object, holders: list[object]) -> None:
+        """The device did not encode the span: who holds it ends, and nobody finds it."""
+        self.slots[op.dst] = [UNWRITTEN] * len(self.slots[op.dst])
+        is_late = self.rng.random() < 0.5
+        if not is_late:
+            self.pool.distrust(op)
+        for chat in [chat for chat in self.chats if chat.seq in holders]:
+            self.free(chat)
+        if is_late:
+            self.pool.distrust(op)
+        assert not self.is_sealed(op.dst) and self.pool.map()[op.dst] == "free", f"{op}"
+        self.counts["fail"] += 1
 
     def collides(self, seq: object, end: int) -> bool:
         """Another text has the key of the first `end` entries (with a hash of 8 bits only)."""

@@ -368,6 +368,25 @@ def test_unseal_takes_the_key_of_a_compressed_block():
     pool.check_integrity([seq])
 
 
+@pytest.mark.parametrize("is_freed_first", [False, True])
+def test_a_block_that_was_not_encoded_is_not_found_again(is_freed_first):
+    pool = make_pool()
+    seq = computed(pool, TEXT[:17])
+    child = pool.fork(seq, 17)
+    op = compress(pool, seq, 0, INT8, child)
+
+    for holder in (seq, child) if is_freed_first else ():
+        pool.free(holder)
+    pool.distrust(op)
+    for holder in () if is_freed_first else (seq, child):
+        pool.free(holder)
+
+    assert pool.match(TEXT[:17]) == 0
+    assert pool.map()[:7] == ["null", "free", "free", "cached", "cached", "free", "free"]
+    pool.distrust(op)  # once more is no harm
+    pool.check_integrity([])
+
+
 # Forks and truncation
 
 
@@ -385,6 +404,7 @@ def test_a_compressed_span_is_kept_whole_or_not_at_all(num_tokens, num_kept):
     assert (child.num_tokens, child.num_sealed) == (num_kept, num_kept // 4)
     assert child.table == whole[: num_kept // 4]
     pool.check_integrity([seq, child])
+    assert pool.num_kept(seq, num_tokens) == num_kept
     assert pool.truncate(seq, num_tokens) == num_kept
 
     assert (seq.table, seq.num_tokens, seq.num_sealed) == (child.table, num_kept, num_kept // 4)

@@ -30,7 +30,7 @@ from typing import Literal
 
 from kvchat.config import NULL_BLOCK_ID
 from kvchat.kv.counters import PoolCounters
-from kvchat.kv.integrity import check_blocks, check_sequences
+from kvchat.kv.integrity import check_blocks, check_sequences, check_span
 from kvchat.kv.layout import (
     BLOCK_ID_BITS,
     SPAN_INDEX_BITS,
@@ -207,10 +207,10 @@ class BlockPool:
     def fork(self, seq: Sequence, num_tokens: int) -> Sequence:
         """A second sequence over seq's first num_tokens positions, sharing all of their blocks.
 
-        Whoever first writes into the shared tail gets a copy of it. A compressed span is shared
-        whole or not at all: the child's num_tokens says how many positions it has.
+        Whoever first writes into the shared tail gets a copy of it. Of a compressed span that is
+        cut nothing is shared: the child's num_tokens says how many positions it has.
         """
-        num_tokens = self._round_down(seq, num_tokens)
+        num_tokens = self.num_kept(seq, num_tokens)
         child = replace(seq, table=seq.table[: self._num_entries_for(num_tokens)])
         self._cut(child, num_tokens)
         held_ids = block_ids(child.table)
@@ -222,10 +222,10 @@ class BlockPool:
     def truncate(self, seq: Sequence, num_tokens: int) -> int:
         """Give back the positions from num_tokens on; sealed blocks given back stay cached.
 
-        A tail that is now a part of a sealed block is copied before it is written again. A
-        compressed span is kept whole or not at all: returns how many positions were kept.
+        A tail that is now a part of a sealed block is copied before it is written again. Of a
+        compressed span that is cut nothing is kept: returns how many positions were.
         """
-        num_tokens = self._round_down(seq, num_tokens)
+        num_tokens = self.num_kept(seq, num_tokens)
         self._cut(seq, num_tokens)
         num_kept = self._num_entries_for(num_tokens)
         dropped = block_ids(seq.table[num_kept:])
@@ -238,6 +238,14 @@ class BlockPool:
         """Give back all of a sequence, once. Its sealed blocks stay cached until evicted."""
         self.truncate(seq, 0)
         seq.is_freed = True
+
+    def num_kept(self, seq: Sequence, num_tokens: int) -> int:
+        """What fork and truncate make of num_tokens: a compressed span is kept whole or not."""
+        idx = num_tokens // self.block_size
+        if idx >= len(seq.table):
+            return num_tokens
+        _, codec, span_idx = unpack_entry(seq.table[idx])
+        return num_tokens if codec == Codec.NATIVE else (idx - span_idx) * self.block_size
 
     def holders(
         self, seq: Sequence, start: int, num_entries: int, sequences: Iterable[Sequence]
@@ -270,7 +278,7 @@ class BlockPool:
         span = holders[0].table[start:end]
         srcs = block_ids(span)
         src_codec = self._codecs[srcs[0]]
-        self._check_span(holders, start, codec)
+        check_span(self, holders, start, codec)
         if not self._num_unheld:
             return None
         dst = self._take()
@@ -291,23 +299,19 @@ class BlockPool:
         self.counters.count_compression(src_codec, codec, len(srcs) - 1)
         return CompressSpan(tuple(srcs), src_codec, dst, codec)
 
+    def distrust(self, op: CompressSpan) -> None:
+        """Take the key of a block that was not encoded after all; its holders are to be freed."""
+        if self._prefixes[op.dst] is not None:
+            self._forget(op.dst)
+        if op.dst in self._cached:
+            del self._cached[op.dst]
+            self._recycled.append(op.dst)
+
     def check_integrity(self, sequences: list[Sequence] | None = None) -> None:
         """Assert what holds between any two calls; given all live sequences, who owns what, too."""
         check_blocks(self)
         if sequences is not None:
             check_sequences(self, sequences)
-
-    def _check_span(self, holders: list[Sequence], start: int, codec: Codec) -> None:
-        """Assert that this span may be compressed, and that its holders are all of them."""
-        end = start + self.span_blocks[codec]
-        span = holders[0].table[start:end]
-        assert start % self.span_blocks[codec] == 0, f"a span of {codec!r} at {start}"
-        assert len({self._codecs[block_id] for block_id in block_ids(span)}) == 1, f"{span=}"
-        assert self._codecs[block_ids(span)[0]] < codec, f"{span=} to {codec!r}"
-        for seq in holders:
-            assert seq.num_sealed >= end and seq.table[start:end] == span, f"{span=} {end=} {seq=}"
-        for block_id in block_ids(span):
-            assert self._ref_counts[block_id] == len(holders), f"{block_id=} has other holders"
 
     @property
     def _num_unheld(self) -> int:
@@ -316,14 +320,6 @@ class BlockPool:
 
     def _num_entries_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    def _round_down(self, seq: Sequence, num_tokens: int) -> int:
-        """num_tokens, or the start of the compressed span that would be cut there."""
-        idx = num_tokens // self.block_size
-        if idx >= len(seq.table):
-            return num_tokens
-        _, codec, span_idx = unpack_entry(seq.table[idx])
-        return num_tokens if codec == Codec.NATIVE else (idx - span_idx) * self.block_size
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
         """Shorten what seq counts as claimed and sealed; its table is the caller's to cut."""

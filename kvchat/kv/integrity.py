@@ -1,11 +1,11 @@
-"""What holds of a block pool between any two calls, asserted. Slow: for tests and failures."""
+"""What must hold of a block pool, asserted. Knows its insides; changes nothing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from kvchat.config import NULL_BLOCK_ID
-from kvchat.kv.layout import Codec, pack_entry, unpack_entry
+from kvchat.kv.layout import Codec, block_ids, pack_entry, unpack_entry
 from kvchat.kv.prefix import is_same
 
 if TYPE_CHECKING:
@@ -41,6 +41,19 @@ def check_sequences(pool: BlockPool, sequences: list[Sequence]) -> None:
         for block_id in ids_by_end.values():
             num_refs[block_id] += 1
     assert num_refs == pool._ref_counts, f"named {num_refs} times, {pool._ref_counts=}"
+
+
+def check_span(pool: BlockPool, holders: list[Sequence], start: int, codec: Codec) -> None:
+    """The span of entries from `start` may become one block of `codec`; these are its holders."""
+    end = start + pool.span_blocks[codec]
+    span = holders[0].table[start:end]
+    assert start % pool.span_blocks[codec] == 0, f"a span of {codec!r} at {start}"
+    codecs = {pool.codec(block_id) for block_id in block_ids(span)}
+    assert len(codecs) == 1 and max(codecs) < codec, f"{span=} of {codecs} to {codec!r}"
+    for seq in holders:
+        assert seq.num_sealed >= end and seq.table[start:end] == span, f"{span=} {end=} {seq=}"
+    for block_id in block_ids(span):
+        assert pool.ref_count(block_id) == len(holders), f"{block_id=} has other holders"
 
 
 def _check_spans(pool: BlockPool, seq: Sequence) -> dict[int, int]:

@@ -253,11 +253,11 @@ MUTANTS = [
     ),
     _mutant(
         "truncate keeps a part of a compressed span",
-        ("num_tokens = self._round_down(seq, num_tokens)\n        self._cut", "self._cut"),
+        ("num_tokens = self.num_kept(seq, num_tokens)\n        self._cut", "self._cut"),
     ),
     _mutant(
         "fork keeps a part of a compressed span",
-        ("num_tokens = self._round_down(seq, num_tokens)\n        child", "child"),
+        ("num_tokens = self.num_kept(seq, num_tokens)\n        child", "child"),
     ),
     _mutant(
         "a cut span is kept up to the cut entry",
@@ -277,6 +277,14 @@ MUTANTS = [
     _mutant(
         "a hit takes a reference for each entry",
         ("held_ids = block_ids(table)", "held_ids = [unpack_entry(entry)[0] for entry in table]"),
+    ),
+    _mutant(
+        "a block that was not encoded keeps its key",
+        ("            self._forget(op.dst)\n", "            pass\n"),
+    ),
+    _mutant(
+        "a block that was not encoded stays cached without a key",
+        ("            del self._cached[op.dst]\n", "            return\n"),
     ),
     index_mutant(
         "a look-up takes the smallest block",
