@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,34 @@ def scheduling(show: Show) -> None:
     from kvchat.bench.scheduling import format_scheduling, run_scheduling_bench
 
     show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
+
+
+@bench.command()
+@click.option("--shape", default="llama3-8b", show_default=True, help="Whose KV: bytes a token.")
+@click.option("--kv-mem", default="4GiB", show_default=True, help="Bytes that each layout gets.")
+@click.option("-c", "--ctx", "max_tokens", type=click.IntRange(16), default=4096, show_default=True)
+@click.option("--chats", type=click.IntRange(1, 10_000), default=240, show_default=True)
+@click.option("--rate", type=click.FloatRange(0.001, 1000), default=0.8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Chats of this file (docs/traces.md)."
+)
+@click.option("--record", type=click.Path(path_type=Path), help="Write the chats there.")
+@click.option("--slots", "num_parts", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--chunk", "chunk_tokens", type=click.IntRange(1), default=256, help="Tokens a chunk."
+)
+@click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw it there: FILE.png or FILE.svg."
+)
+@click.option("-o", "--output", type=click.Choice(["md", "json", "csv"]), default="md")
+@click.pass_obj
+def layouts(show: Show, **flags: Any) -> None:  # noqa: ANN401
+    """The same chats kept in eight ways: contiguous, slots, cells, chunks, paged, compressed."""
+    from kvchat.bench.layouts.report import answer
+
+    show.answer(answer(flags, show.progress) + "\n", is_last=True)
 
 
 @cli.command(short_help="Say what fits, without loading anything.")
