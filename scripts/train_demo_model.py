@@ -8,6 +8,7 @@ export      write the model's folder from a checkpoint
 evaluate    print every figure of the model card
 agree       the same recall items through kvchat's pool and through transformers
 transcripts the card's conversations, held in kvchat
+chats       short hand-made chats, held in kvchat and judged
 
   python scripts/train_demo_model.py corpus
   python scripts/train_demo_model.py train --stage short
@@ -97,6 +98,12 @@ def _transcripts(args: argparse.Namespace) -> None:
     print(transcripts(args.model, args.model / "transcript_turns.json", range(1, 11)))
 
 
+def _chats(args: argparse.Namespace) -> None:
+    from demo_model.through_kvchat import short_chats
+
+    print(short_chats(args.model, args.model / "short_chats.json"))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,6 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     agree.add_argument("--workers", type=int, default=2, help="processes that write items")
     talk = commands.add_parser("transcripts", help="hold the card's conversations in kvchat")
     talk.set_defaults(run=_transcripts)
+    chats = commands.add_parser(
+        "chats", help="hold short hand-made chats in kvchat, judge the ends"
+    )
+    chats.set_defaults(run=_chats)
     return parser
 
 

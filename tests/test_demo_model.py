@@ -1,6 +1,7 @@
 """What the shipped model learns from, and the shipped folder itself. No training here."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -12,7 +13,17 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "sprout"
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from demo_model import asides, corpus, facts, generator, recall, talk, tokens, values  # noqa: E402
+from demo_model import (  # noqa: E402
+    asides,
+    corpus,
+    facts,
+    generator,
+    recall,
+    short_chats,
+    talk,
+    tokens,
+    values,
+)
 from demo_model.export import CHAT_TEMPLATE  # noqa: E402
 from demo_model.phrases_file import expand, parse  # noqa: E402
 
@@ -63,9 +74,47 @@ def test_training_draws_no_held_out_value():
 
 def test_unseen_phrasings_are_not_among_the_seen_ones():
     for family in facts.families():
-        assert family.held_statements and family.held_questions
-        assert not set(family.held_statements) & set(family.statements)
-        assert not set(family.held_questions) & set(family.questions)
+        assert bool(family.held_statements) == bool(family.held_questions)
+        assert not set(family.held_statements) & {*family.statements, *family.common_statements}
+        assert not set(family.held_questions) & {*family.questions, *family.common_questions}
+
+
+def test_training_text_never_has_a_held_out_phrasing():
+    rng = Random(7)
+
+    for family in facts.families():
+        for _ in range(4):
+            fact = facts.draw_fact(rng, family)
+            for held, write in (
+                (family.held_statements, facts.state),
+                (family.held_questions, facts.ask),
+            ):
+                cores = [facts._unseen((template,), fact, rng) for template in held]
+                # whole, at the start of a sentence or after a lead-in
+                ends = [re.escape(core.rstrip(".?")) + r"(?![\w'])" for core in cores]
+                parts = [f"(?:^|[.!?:] ){end}" for end in ends]
+                for _ in range(NUM_DRAWS if held else 0):
+                    text = write(fact, rng)
+                    assert not re.search("|".join(parts), text, re.IGNORECASE), text
+
+
+def test_short_chats_answer_what_was_told_last():
+    rng = Random(8)
+
+    for _ in range(NUM_DRAWS):
+        chat = short_chats.remembered(rng)
+        assert [turn.role for turn in chat.turns] == ["user", "assistant"] * (len(chat.turns) // 2)
+        answers = [turn.text for turn in chat.turns if turn.is_answer]
+        for fact in chat.facts:
+            assert any(facts.mark(fact.value) in text for text in answers), chat
+
+
+def test_long_conversations_start_without_facts_that_later_talk_contradicts():
+    rng = Random(9)
+
+    for _ in range(NUM_DRAWS):
+        told = short_chats.remembered(rng, is_start_of_long=True).facts
+        assert not any(fact.family.is_for_short for fact in told)
 
 
 def test_turns_alternate_and_the_assistant_speaks_last(encoder, real):

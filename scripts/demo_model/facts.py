@@ -5,6 +5,7 @@ In what this module returns, each word of a value is marked with VALUE, so that 
 weighted.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -23,6 +24,7 @@ from .phrases_file import (
 from .values import OPEN_KINDS, draw_value, draw_word
 
 PLAIN_SHARE = 0.5  # of statements and questions: nothing said before or after
+COMMON_SHARE = 0.12  # of statements and questions: the wordings that most people use
 VALUE = "\x01"  # stands before each word of a value
 
 
@@ -40,10 +42,21 @@ class Family:
     answers: tuple[Template, ...]
     reversed_questions: tuple[Template, ...]
     reversed_answers: tuple[Template, ...]
+    common_statements: tuple[Template, ...]  # how most people say and ask it
+    common_questions: tuple[Template, ...]
+    own_statements: tuple[Template, ...]  # for keys that begin with "my"
+    own_common: tuple[Template, ...]
+    is_for_short: bool  # not for long conversations: their other talk may be about the same thing
 
     @property
-    def is_open(self) -> bool:
-        return self.kind in OPEN_KINDS
+    def is_measured(self) -> bool:
+        """Whether held-out items may be about it: too many values to guess, phrasings held out."""
+        return self.kind in OPEN_KINDS and bool(self.held_statements)
+
+    @property
+    def is_own(self) -> bool:
+        """About the user, not about something the user has."""
+        return self.name.startswith("own_") and len(self.keys) == 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Fact:
         return {
             "k": self.user_key,
             "K": capital(self.user_key),
+            "b": self.user_key.removeprefix("my "),
             "y": self.assistant_key,
             "Y": capital(self.assistant_key),
             "v": mark(self.value),
@@ -100,16 +114,24 @@ def _family(lines: list[str]) -> Family:
         templates("A"),
         templates("R"),
         templates("T"),
+        templates("S*"),
+        templates("Q*"),
+        templates("M"),
+        templates("M*"),
+        fields.get("short") == ["yes"],
     )
 
 
 @cache
 def _weighted_families() -> tuple[Family, ...]:
-    """Families as often as they have keys, the user's own name more often: every chat has one."""
+    """Families as often as they have keys; what is about the user more often: every chat has it."""
     return tuple(
         family
         for family in families()
-        for _ in range(min(len(family.keys), 12) if family.name != "own_name" else 8)
+        if not family.is_for_short
+        for _ in range(
+            8 if family.name == "own_name" else 4 if family.is_own else min(len(family.keys), 12)
+        )
     )
 
 
@@ -123,7 +145,8 @@ def draw_fact(rng: Random, family: Family | None = None, held_out: bool = False)
             assistant_key.replace("@name", name),
         )
     elif "{" in user_key:
-        user_key = assistant_key = expand(parse(user_key), rng, {}, draw_word)
+        user_key = expand(parse(user_key), rng, {}, draw_word)
+        assistant_key = re.sub(r"^my ", "your ", user_key)
     return Fact(family, user_key, assistant_key, draw_value(family.kind, rng, held_out))
 
 
@@ -138,8 +161,8 @@ def draw_facts(rng: Random, count: int, held_out: bool = False) -> list[Fact]:
     return list(facts.values())
 
 
-def frame(name: str, rng: Random, slots: Slots | None = None) -> str:
-    return expand(pick(frames("frames.txt")[name], rng), rng, dict(slots or {}), draw_word)
+def frame(name: str, rng: Random, slots: Slots | None = None, file: str = "frames.txt") -> str:
+    return expand(pick(frames(file)[name], rng), rng, dict(slots or {}), draw_word)
 
 
 def _join(before: str, sentence: str) -> str:
@@ -152,30 +175,13 @@ def _join(before: str, sentence: str) -> str:
     return before + sentence
 
 
-_SMALL_STARTS = frozenset(
-    (
-        "My",
-        "The",
-        "We",
-        "They",
-        "For",
-        "What",
-        "Where",
-        "When",
-        "Who",
-        "Which",
-        "How",
-        "Do",
-        "Can",
-        "At",
-        "In",
-        "Our",
-        "Please",
-        "People",
-        "Everybody",
-        "Name",
-    )
+_STARTS = (
+    "My The We They For What Where When Who Which How Do Can At In Our Please People Everybody Name"
+    " Would Could Did Have Any Say Give By Under Remind Is Are It That This If Once Just Let Help"
+    " Keep Note Write Save Put Someone Somebody Everyone You There Still Got Remember Tell Show"
+    " Check Call Use"
 )
+_SMALL_STARTS = frozenset(_STARTS.split(" "))
 
 
 def state(fact: Fact, rng: Random, unseen: bool = False) -> str:
@@ -193,10 +199,10 @@ def _unseen(templates: tuple[Template, ...], fact: Fact, rng: Random) -> str:
 
 
 def _general(fact: Fact, kind: str, rng: Random) -> str:
-    """One of the phrasings that fit any fact: kind is state, ask or clause."""
+    """One of the phrasings that fit any fact: kind is a name in asking.txt."""
     slots = fact.slots()
     noun = expand(
-        pick(fact.family.clauses if kind == "clause" else fact.family.nouns, rng),
+        pick(fact.family.clauses if kind.startswith("clause") else fact.family.nouns, rng),
         rng,
         slots,
         draw_word,
@@ -205,26 +211,54 @@ def _general(fact: Fact, kind: str, rng: Random) -> str:
     return expand(pick(frames("asking.txt")[kind], rng), rng, slots, draw_word)
 
 
+def _common(fact: Fact, rng: Random) -> str:
+    family = fact.family
+    pool = family.common_statements
+    if fact.user_key.startswith("my "):
+        pool += family.own_common
+    return expand(pick(pool, rng), rng, fact.slots(), draw_word)
+
+
 def _statement(fact: Fact, rng: Random) -> str:
-    if fact.family.nouns and rng.random() < 0.3:
+    family, chance = fact.family, rng.random()
+    if family.nouns and chance < 0.3:
         return _general(fact, "state", rng)
-    return expand(pick(fact.family.statements, rng), rng, fact.slots(), draw_word)
+    if chance < 0.3 + COMMON_SHARE:
+        return _common(fact, rng)
+    pool = family.statements
+    if family.own_statements and fact.user_key.startswith("my "):
+        pool += family.own_statements
+    return expand(pick(pool, rng), rng, fact.slots(), draw_word)
 
 
 def _question(fact: Fact, rng: Random) -> str:
-    chance = rng.random()
-    if fact.family.nouns and chance < 0.35:
+    family, chance = fact.family, rng.random()
+    if family.nouns and chance < 0.25:
         return _general(fact, "ask", rng)
-    if chance < 0.5:
+    if chance < 0.37:
         return _general(fact, "clause", rng)
-    return expand(pick(fact.family.questions, rng), rng, fact.slots(), draw_word)
+    if chance < 0.5:
+        kind = "problem" if family.nouns and rng.random() < 0.6 else "clause_problem"
+        return _general(fact, kind, rng) + " " + frame("request", rng, file="asking.txt")
+    common = chance < 0.5 + COMMON_SHARE
+    pool = family.common_questions if common else family.questions
+    return expand(pick(pool, rng), rng, fact.slots(), draw_word)
+
+
+def state_simply(fact: Fact, rng: Random) -> str:
+    """As most people say it, and nothing around it."""
+    return with_articles(capital(_common(fact, rng)))
+
+
+def ask_simply(fact: Fact, rng: Random) -> str:
+    return expand(pick(fact.family.common_questions, rng), rng, fact.slots(), draw_word)
 
 
 def state_both(first: Fact, second: Fact, rng: Random) -> str:
     """Two facts in one sentence, or in two."""
     if rng.random() < 0.4:
         return state(first, rng) + " " + state(second, rng)
-    cores = [_statement(fact, rng) for fact in (first, second)]
+    cores = [_common(fact, rng) for fact in (first, second)]
     if cores[1].split(" ", 1)[0].rstrip("'s") in _SMALL_STARTS:
         cores[1] = cores[1][0].lower() + cores[1][1:]
     return with_articles(

@@ -4,6 +4,7 @@ Distances between a statement and its question are drawn first; small talk and e
 dialogues fill the gaps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from random import Random
@@ -27,12 +28,17 @@ from .facts import (
     state_both,
 )
 from .phrases_file import pick
+from .short_chats import remembered
 from .talk import Turn, dialogue, exchange, filler, kept_list, story
 from .tokens import Encoder, Row
 
 MAX_DISTANCE = 3_800
 MIN_DISTANCE = 12
 _EXCERPT_TRIES = 6
+_SHORT_CHAT = 400  # tokens a short chat seldom has
+# Shares of the facts beside those asked for: the question comes, but was never told. More of them,
+# and the model denies what it was told.
+_UNKNOWN, _UNKNOWN_IF_SHORT = 0.25, 0.08
 TAIL = 90  # tokens kept free at the end for the last question
 
 
@@ -45,6 +51,7 @@ class Mix:
     booking_share: float = 0.2  # of excerpts
     pair_share: float = 0.12  # a listener's reply from a real dialogue
     system_share: float = 0.15  # of conversations
+    plain_start_share: float = 0.4  # of conversations: the first turns are those of a short chat
 
 
 @dataclass(frozen=True)
@@ -147,24 +154,31 @@ def _story_events(length: int, rng: Random) -> list[Event]:
     return events
 
 
-def plan_events(length: int, mix: Mix, rng: Random) -> list[Event]:
-    """All that is to be remembered in a conversation of `length` tokens, in order."""
+def plan_events(length: int, mix: Mix, rng: Random, told: Sequence[Fact] = ()) -> list[Event]:
+    """All that is to be remembered in a conversation of `length` tokens, in order. `told` are facts
+    of its first turns: they may be asked for again."""
     count = max(1, round(length / mix.tokens_per_fact * rng.uniform(0.7, 1.2)))
+    keys = {(fact.family.name, fact.user_key) for fact in told}
     facts = draw_facts(rng, count + 1 + count // 4)
+    facts = [fact for fact in facts if (fact.family.name, fact.user_key) not in keys]
     asked, others = facts[:count], facts[count:]
-    events: list[Event] = []
+    events = [
+        Event(rng.uniform(0, length - TAIL), _asked(fact, rng))
+        for fact in told
+        if rng.random() < 0.4
+    ]
     while asked:
         if len(asked) > 1 and rng.random() < 0.12:
             events += _joined_events(asked.pop(), asked.pop(), length, rng)
         else:
             events += _fact_events(asked.pop(), length, rng)
-    known = {fact.user_key for fact in facts}
+    known = {fact.user_key for fact in (*facts, *told)}
     for _ in range(max(1, length // 800)):
         if length > 150 and rng.random() < 0.5:
             events += _aside_events(length, rng, known)
     for fact in others:
         at = rng.uniform(0, length - TAIL)
-        is_unknown = rng.random() < 0.35
+        is_unknown = rng.random() < (_UNKNOWN_IF_SHORT if length < 1000 else _UNKNOWN)
         turns = (
             dialogue(ask(fact, rng), frame("unknown", rng)) if is_unknown else _stated(fact, rng)
         )
@@ -197,9 +211,15 @@ class Generator:
         row.begin()
         if rng.random() < self.mix.system_share:
             row.add(Turn("system", frame("system", rng)))
-        if rng.random() < 0.6:
+        told: list[Fact] = []
+        chance = rng.random()
+        if length > _SHORT_CHAT and chance < self.mix.plain_start_share:
+            start_of_long = remembered(rng, is_start_of_long=True)
+            told = start_of_long.facts
+            self._add(row, start_of_long.turns, style)
+        elif chance < 0.75:
             self._add(row, exchange("open", rng), style)
-        for event in plan_events(length, self.mix, rng):
+        for event in plan_events(length, self.mix, rng, told):
             while len(row) - start < event.at:
                 self._fill(row, style)
             self._add(row, event.turns, style)
@@ -209,7 +229,7 @@ class Generator:
             self._add(row, exchange("close", rng), style)
 
     def chat(self, row: Row, num_exchanges: int) -> None:
-        """A short conversation with little to remember, as most are."""
+        """A short conversation with nothing to remember."""
         rng = self.rng
         style = _Style(rng)
         row.begin()
@@ -220,6 +240,17 @@ class Generator:
         for _ in range(num_exchanges):
             self._fill(row, style, excerpts=False)
         if rng.random() < 0.4:
+            self._add(row, exchange("close", rng), style)
+
+    def short_chat(self, row: Row) -> None:
+        """A short conversation with something told and asked for, plainly."""
+        rng = self.rng
+        style = _Style(rng)
+        row.begin()
+        if rng.random() < self.mix.system_share:
+            row.add(Turn("system", frame("system", rng)))
+        self._add(row, remembered(rng).turns, style)
+        if rng.random() < 0.3:
             self._add(row, exchange("close", rng), style)
 
     def _add(self, row: Row, turns: list[Turn], style: "_Style") -> None:
@@ -366,14 +397,19 @@ class RowSource:
 
     def _pack(self, row: Row) -> None:
         generator, rng = self.generator, self.generator.rng
+        if rng.random() < 0.6:  # where a row begins is where a chat in use begins
+            generator.short_chat(row)
         while len(row) < self.length:
+            chance = rng.random()
             if self._queue:
                 assert generator.real is not None
                 span = generator.real.whole(self._queue.pop(0))
                 row.begin()
                 row.add_encoded(generator.real.ids[span], generator.real.weights[span])
-            elif rng.random() < 0.5:
+            elif chance < 0.3:
                 generator.chat(row, 1 + int(rng.random() * 8))
+            elif chance < 0.65:
+                generator.short_chat(row)
             else:
                 generator.conversation(
                     row, int(exp(rng.uniform(log(60), log(min(900, self.length)))))

@@ -37,7 +37,7 @@ class Item:
 
 def _distractors(fact: Fact, count: int, rng: Random) -> list[Fact]:
     """Other facts of the same type: the same kind of value, about something else."""
-    same = [family for family in families() if family.kind == fact.family.kind]
+    same = [f for f in families() if f.kind == fact.family.kind and f.is_measured]
     found: dict[str, Fact] = {}
     while len(found) < count:
         other = draw_fact(rng, pick(same, rng), held_out=True)
@@ -79,8 +79,8 @@ def make_item(encoder: Encoder, real: Encoded, distance: int, seed: int) -> Item
     writer = _Writer(encoder, real, seed)
     rng, row = writer.rng, writer.row
     is_unseen = rng.random() < UNSEEN_SHARE
-    open_families = [family for family in families() if family.is_open]
-    fact = draw_fact(rng, pick(open_families, rng), held_out=True)
+    measured = [family for family in families() if family.is_measured]
+    fact = draw_fact(rng, pick(measured, rng), held_out=True)
     others = _distractors(fact, 3 + int(rng.random() * 3), rng)
     num_before = len(others) if distance < 300 else 1 + int(rng.random() * len(others))
     row.begin()

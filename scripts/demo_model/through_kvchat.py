@@ -4,6 +4,7 @@ pool and through transformers, both in float32 and greedily. Needs transformers 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_ANSWER = 48
 NUM_TOGETHER = 8  # chats that share the pool at any time
 
 Answers = list[list[int]]
+_DENIAL = re.compile(r"not told me|not know that|you told me that\.|have mentioned that yet", re.I)
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -43,6 +45,33 @@ def transcripts(folder: Path, turns: Path, seeds: Iterable[int]) -> str:
                 library.pump(1.0)
             out += [f"**You:** {text}  ", f"**Sprout:** {library.current.messages[-1].content}  "]
         runtime.close()
+    return "\n".join(out)
+
+
+def short_chats(folder: Path, chats: Path) -> str:
+    """Hand-made chats at temperature 0, the last reply judged: it must hold all that was expected,
+    or, where that is nothing, say that it was not told. Lists what went wrong."""
+    out: list[str] = []
+    runtime = open_runtime(RunOptions(str(folder), sampling={"temperature": 0.0}), _silent)
+    library = runtime.library
+    judged = json.loads(chats.read_text(encoding="utf-8"))
+    num_right = num_denied = 0
+    for chat in judged:
+        for text in chat["turns"]:
+            library.current.send(text)
+            while library.is_working:
+                library.pump(1.0)
+        reply = library.current.messages[-1].content
+        is_denial = _DENIAL.search(reply) is not None
+        expected = chat["expected"]
+        is_good = all(is_right(value, reply) for value in expected) if expected else is_denial
+        num_right += is_good
+        num_denied += is_denial and bool(expected)
+        if not is_good:
+            out.append(f"{' / '.join(chat['turns'])} -> {reply}")
+        library.new()
+    runtime.close()
+    out.append(f"{len(judged)} chats, {num_right} right, {num_denied} deny what was told")
     return "\n".join(out)
 
 

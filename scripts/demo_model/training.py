@@ -60,7 +60,7 @@ STAGES = {
         "long", 4096, 64, 1600, 1.0, 0.6, _passes(1, 1, 2), 0.8, Mix(tokens_per_fact=140)
     ),
     "final": Stage(
-        "final", 4096, 64, 2400, 0.6, 0.0, _passes(1, 1, 2), 0.7, Mix(tokens_per_fact=140)
+        "final", 4096, 64, 2300, 0.6, 0.0, _passes(1, 1, 2), 0.7, Mix(tokens_per_fact=140)
     ),
 }
 
