@@ -15,7 +15,7 @@ from kvchat.kv.block_pool import BlockOp, CompressSpan, CopyBlock
 from kvchat.kv.layout import BlockLayout, Codec
 
 # Float32 K and V encoded at a time: a few times this is the scratch, and it fits a CPU's cache.
-ENCODE_BYTES = 2 * 2**20
+ENCODE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,18 @@ class KVCache:
 
     def _encode(self, ops: list[CompressSpan], layers: slice) -> None:
         """Read the sources of all ops, these layers, then write all targets."""
-        src_codec, codec, device = ops[0].src_codec, ops[0].codec, self.blocks.device
-        srcs = torch.tensor([op.srcs for op in ops], device=device)
-        dsts = torch.tensor([op.dst for op in ops], device=device)
-        payload, side = self.payload[srcs, layers], self.side[srcs, layers]
+        src_codec, codec = ops[0].src_codec, ops[0].codec
+        srcs = [src for op in ops for src in op.srcs]
+        # whole pieces, as indexing with a tensor would go byte by byte
+        payload = torch.stack([self.payload[src, layers] for src in srcs])
+        side = torch.stack([self.side[src, layers] for src in srcs])
         values = codecs.decode(src_codec, payload, side, self.layout)
-        # [ops, srcs, layers, heads, tokens, head_dim] -> [ops, layers, heads, all tokens, head_dim]
-        k, v = (x.permute(0, 2, 3, 1, 4, 5).flatten(3, 4) for x in values)
+        # [ops * srcs, layers, heads, tokens, D] -> [ops, layers, heads, srcs * tokens, D]
+        k, v = (x.unflatten(0, (len(ops), -1)).movedim(1, 3).flatten(3, 4) for x in values)
         encoded = codecs.encode(codec, k, v, self.layout)
-        self.payload[dsts, layers], self.side[dsts, layers] = encoded
+        for op, op_payload, op_side in zip(ops, *encoded, strict=True):
+            self.payload[op.dst, layers].copy_(op_payload)
+            self.side[op.dst, layers].copy_(op_side)
 
 
 def _runs(ops: list[BlockOp]) -> Iterator[CopyBlock | list[CompressSpan]]:

@@ -149,39 +149,37 @@ def rotation_signs(head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """H (signs * x) / sqrt(n) for every run of n = rotation_size(D) channels; float32 [..., D].
+    """H (signs * x) / sqrt(r) for every run of r = rotation_size(D) channels; float32 [..., n, D].
 
-    H is the n x n Hadamard matrix in Sylvester's order, so this is orthonormal.
+    H is the r x r Hadamard matrix in Sylvester's order, so this is orthonormal.
     """
     dim = x.shape[-1]
     return _hadamard(x * rotation_signs(dim).to(x.device)).mul_(rotation_size(dim) ** -0.5)
 
 
 def unrotate(x: Tensor) -> Tensor:
-    """What rotate made x of: signs * (H x) / sqrt(n); float32 [..., D]."""
+    """What rotate made x of: signs * (H x) / sqrt(r); float32 [..., n, D]."""
     dim = x.shape[-1]
     return _hadamard(x).mul_(rotation_signs(dim).to(x.device) * rotation_size(dim) ** -0.5)
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """H x without a factor, float32 [..., D], by butterflies of 1, 2, 4 ... channels.
+    """H x without a factor, float32 [..., n, D], by butterflies of 1, 2, 4 ... channels.
 
     Sums in a fixed tree: the same bits in any batch and by any other code that adds in this order
     (a matrix product is two to four times as fast, but its bits depend on the batch).
     """
-    dim = x.shape[-1]
-    # channels first, so that every butterfly is a few long vectors
-    source = x.reshape(-1, dim).t().contiguous()
+    source = x.transpose(-1, -2).contiguous()  # every butterfly is a few vectors of n or more
     target = torch.empty_like(source)
     half = 1
-    while half < rotation_size(dim):
-        a, b = source.unflatten(0, (-1, 2, half)).unbind(1)
-        sums, differences = target.unflatten(0, (-1, 2, half)).unbind(1)
+    while half < rotation_size(x.shape[-1]):
+        a, b = source.unflatten(-2, (-1, 2, half)).unbind(-3)
+        sums, differences = target.unflatten(-2, (-1, 2, half)).unbind(-3)
         torch.add(a, b, out=sums)
         torch.sub(a, b, out=differences)
         source, target = target, source
         half *= 2
-    return source.t().reshape(x.shape).contiguous()
+    return source.transpose(-1, -2).contiguous()
 
 
 def _encode_int8(k: Tensor, v: Tensor, codes: Tensor, side: Int8Side) -> None:
@@ -219,7 +217,7 @@ def _decode_int4(payload: Tensor, side: Int4Side, spec: KVSpec) -> tuple[Tensor,
 def _encode_k_int4(k: Tensor, side: Int4Side) -> Tensor:
     """Codes, float32 [..., Hk, S, D]; fills the zeros and scales of the keys."""
     groups = k.unflatten(-2, (-1, K_GROUP))  # [..., Hk, S / K_GROUP, K_GROUP, D]
-    low, high = torch.aminmax(groups, dim=-2)
+    low, high = groups.amin(-2), groups.amax(-2)  # ten times as fast as aminmax
     zeros, supers, scales = _channel_grids(low, high)
     side.k_zeros.copy_(zeros)
     side.k_supers.copy_(supers)
@@ -275,8 +273,7 @@ def _encode_v_int4(v: Tensor, scales: Tensor) -> Tensor:
 
 def _peaks(x: Tensor) -> Tensor:
     """The largest magnitude along the last dim; NaN if there is one."""
-    low, high = torch.aminmax(x, dim=-1)
-    return torch.maximum(high, -low)
+    return x.abs().amax(-1)
 
 
 def _codes(x: Tensor, low: float, high: float) -> Tensor:
