@@ -23,6 +23,8 @@
 
 #ifdef KVCHAT_EMULATOR
 #include "emulator/emulator.h"
+#else
+#define INFINITY __int_as_float(0x7f800000)
 #endif
 
 typedef unsigned char u8;
@@ -236,6 +238,16 @@ __device__ __forceinline__ void int8_to_half(u32 codes, u32 (&pairs)[2]) {
     u32 biased = codes ^ 0x80808080u;
     pairs[0] = fma2<half_t>(prmt<0x4140>(biased, 0x64u), 0x3c003c00u, 0xe480e480u);
     pairs[1] = fma2<half_t>(prmt<0x4342>(biased, 0x64u), 0x3c003c00u, 0xe480e480u);
+}
+
+// The same to pairs of bf16, exactly: with u the low 7 bits, 128 + u - 128 or, below 0, - 256.
+__device__ __forceinline__ void int8_to_bfloat16(u32 codes, u32 (&pairs)[2]) {
+    u32 spread[2] = {prmt<0x4140>(codes, 0u), prmt<0x4342>(codes, 0u)};
+    for (int i = 0; i < 2; ++i) {
+        u32 biased = lop3<AND_OR>(spread[i], 0x007f007fu, 0x43004300u);
+        u32 bias = lop3<AND_OR>(spread[i], 0x00800080u, 0xc300c300u);
+        pairs[i] = fma2<bfloat16_t>(biased, 0x3f803f80u, bias);
+    }
 }
 
 // Four bytes of two codes each to halves 0 .. 15, exactly: the low four bits of bytes 0-3 to `low`,

@@ -24,7 +24,8 @@ SOURCES = ROOT / "kernels_cu"
 BUILD = ROOT / "build" / "emulator"
 # -O1: half of -O2's compile time, and the checks take most of the run.
 KERNEL_FLAGS = [
-    "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fsanitize=thread",
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique",
+    "-fsanitize=thread",
     "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
     "-DKVCHAT_EMULATOR", "-x", "c++",
 ]  # fmt: skip

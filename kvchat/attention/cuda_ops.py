@@ -21,7 +21,8 @@ _WARPS_PER_BLOCK = 4
 _BLOCK = (_WARP * _WARPS_PER_BLOCK, 1, 1)
 _COPY_BLOCK, _COPY_BLOCKS_PER_PAIR = 256, 32
 _VECTOR = 8  # 16-bit elements of a vector
-_NORM_VECTORS = 4  # of a thread, MAX_VECTORS of rms_norm.cu
+_NORM_VECTORS = 4  # of a thread at most, MAX_VECTORS of rms_norm.cu
+_MAX_THREADS = 1024
 
 
 class Launch(Protocol):
@@ -68,10 +69,9 @@ class RowOps:
         """
         num_tokens, size = x.shape[0], x.shape[-1]
         rows_each = x[0].numel() // size
-        num_threads = _WARP * -(-size // (_WARP * _VECTOR))
-        while num_threads > 256 and num_threads * _VECTOR * (_NORM_VECTORS // 2) >= size:
-            num_threads = _WARP * -(-num_threads // (2 * _WARP))
-        assert size % _VECTOR == 0 and num_threads <= 1024, f"rows of {size}"
+        num_vectors = 2 if size <= 2 * _VECTOR * _MAX_THREADS else _NORM_VECTORS  # of a thread
+        num_threads = _WARP * -(-size // (_WARP * _VECTOR * num_vectors))
+        assert size % _VECTOR == 0 and num_threads <= _MAX_THREADS, f"rows of {size}"
         args = [out, residual, x, x.stride(0), weight, rows_each, size, eps]
         self._rms_norm.launch((num_tokens * rows_each, 1, 1), (num_threads, 1, 1), args)
 
