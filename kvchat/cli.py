@@ -121,6 +121,15 @@ def scheduling(show: Show) -> None:
     show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
 
 
+@bench.command("codecs")
+@click.pass_obj
+def bench_codecs(show: Show) -> None:
+    """Error, bytes and speed of INT8 and INT4 KV, beside codecs of llama.cpp's kind."""
+    from kvchat.bench.codecs import run_codec_bench
+
+    show.answer(run_codec_bench() + "\n", is_last=True)
+
+
 @bench.command()
 @click.option("--shape", default="llama3-8b", show_default=True, help="Whose KV: bytes a token.")
 @click.option("--kv-mem", default="4GiB", show_default=True, help="Bytes that each layout gets.")
