@@ -2,7 +2,9 @@
 
 A slot holds a number that stands for the whole text up to its position, made from the number in
 the slot before it, as K and V are. The next token is a function of the last position's number. So
-a wrong block, a lost write, a mixed-up row or a stale cache entry changes what is sampled.
+a wrong block, a lost write, a mixed-up row or a stale cache entry changes what is sampled. A
+compressed block holds the numbers of its whole span and is not the same as its sources: it has its
+codec beside it, and a table's entry that tells another codec reads nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Sequence as Tokens
 
 from kvchat.config import SamplingParams
 from kvchat.engine.request import Batch, Request, Row
+from kvchat.kv.block_pool import BlockOp, CompressSpan
+from kvchat.kv.layout import Codec, unpack_entry
 
 START = 1
 MODULUS = (1 << 61) - 1
@@ -67,15 +71,15 @@ class FakeDevice:
     def __init__(self, num_blocks: int, block_size: int, seed: int = 0) -> None:
         self.block_size = block_size
         self.slots = [[UNWRITTEN] * block_size for _ in range(num_blocks)]
+        self.codecs = [Codec.NATIVE] * num_blocks
         self.pending: dict[int, int] = {}  # request id -> what was sampled last
         self.rng = random.Random(seed)
         self.non_finite_rate = 0.0
         self.num_computed = 0  # tokens
 
     def launch(self, batch: Batch) -> FakeStep:
-        """Copy, read, then write: rows of one step do not see each other's tokens."""
-        for op in batch.block_ops:
-            self.slots[op.dst] = self.slots[op.src][:]
+        """Copy and compress, read, then write: rows of one step do not see each other's tokens."""
+        self.apply(batch.block_ops)
         computed = [(row, self._compute(row)) for row in batch.rows]
         sampled = []
         for row, states in computed:
@@ -89,17 +93,34 @@ class FakeDevice:
         return FakeStep(sampled)
 
     def launch_in_part(self, batch: Batch) -> None:
-        """A step that fails half way: half of the copies, and nonsense in the rows' slots."""
-        for op in batch.block_ops[: len(batch.block_ops) // 2]:
-            self.slots[op.dst] = self.slots[op.src][:]
+        """A step that fails half way: half of the operations, and nonsense in the rows' slots."""
+        self.apply(batch.block_ops[: len(batch.block_ops) // 2])
         for row in batch.rows:
             self._write(row, [UNWRITTEN] * row.num_tokens)
+
+    def apply(self, ops: list[BlockOp]) -> None:
+        """Block operations, in order."""
+        for op in ops:
+            if isinstance(op, CompressSpan):
+                assert all(self.codecs[src] == op.src_codec for src in op.srcs), f"{op=}"
+                assert op.dst not in op.srcs and op.src_codec < op.codec, f"{op=}"
+                self.slots[op.dst] = [state for src in op.srcs for state in self.slots[src]]
+                self.codecs[op.dst] = op.codec
+            else:
+                self.slots[op.dst] = self.slots[op.src][:]
+                self.codecs[op.dst] = self.codecs[op.src]
 
     def read(self, table: list[int], num_tokens: int) -> list[int]:
         """What a table's first slots hold."""
         num_blocks = -(-num_tokens // self.block_size)
-        held = [state for block_id in table[:num_blocks] for state in self.slots[block_id]]
-        return held[:num_tokens]
+        return [state for entry in table[:num_blocks] for state in self.piece(entry)][:num_tokens]
+
+    def piece(self, entry: int) -> list[int]:
+        """What the slots of one entry hold."""
+        block_id, codec, span_idx = unpack_entry(entry)
+        if self.codecs[block_id] != codec:
+            return [UNWRITTEN] * self.block_size
+        return self.slots[block_id][span_idx * self.block_size : (span_idx + 1) * self.block_size]
 
     def _compute(self, row: Row) -> list[int]:
         request, start, end = row.request, row.start, row.start + row.num_tokens
@@ -111,8 +132,8 @@ class FakeDevice:
         assert 0 not in request.seq.table, "the null block is in a table"
         if not start:
             return states_of(input_ids)
-        last_id = request.seq.table[(start - 1) // self.block_size]
-        state = self.slots[last_id][(start - 1) % self.block_size]
+        last = self.piece(request.seq.table[(start - 1) // self.block_size])
+        state = last[(start - 1) % self.block_size]
         if row.num_tokens > 1 or start % 4 == 0:  # every position that attention would read
             held = self.read(request.seq.table, start)
             if NON_FINITE in held:
@@ -124,7 +145,11 @@ class FakeDevice:
     def _write(self, row: Row, states: list[int]) -> None:
         table = row.request.seq.table
         for position, state in enumerate(states, row.start):
-            block_id = table[position // self.block_size]
+            block_id, codec, _ = unpack_entry(table[position // self.block_size])
+            assert codec == Codec.NATIVE, f"a compressed block is written: {row=}"
+            if self.codecs[block_id] != codec:  # it was a compressed one before
+                self.slots[block_id] = [UNWRITTEN] * self.block_size
+                self.codecs[block_id] = codec
             self.slots[block_id][position % self.block_size] = state
 
 

@@ -21,7 +21,7 @@ from kvchat.chat.library import ChatDefaults, Library
 from kvchat.chat.template import ChatFormat, load_chat_format
 from kvchat.chat.tokenizer import Tokenizer, load_tokenizer
 from kvchat.config import SamplingParams
-from kvchat.engine.request import Event, Request
+from kvchat.engine.request import Event, Request, Shared
 from kvchat.errors import CapacityError
 
 CHAT_MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -98,6 +98,7 @@ class ScriptedEngine:
         self.max_prompt = 1 << 30
         self.max_context = 1 << 30
         self.num_cached_tokens = 0  # what every request is said to have found computed
+        self.num_lost_tokens = 0  # what every fork and trim is said to have cut
         self.requests: list[Request] = []
         self.calls: list[tuple] = []
         self._running: dict[int, tuple[Request, list[int]]] = {}
@@ -134,12 +135,13 @@ class ScriptedEngine:
         self.calls.append(("release", session_id))
         return None
 
-    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int:
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> Shared:
         self.calls.append(("fork", parent_session_id, child_session_id, num_tokens))
-        return num_tokens
+        return Shared(num_tokens - self.num_lost_tokens, self.num_lost_tokens)
 
-    def trim(self, session_id: int, num_tokens: int) -> None:
+    def trim(self, session_id: int, num_tokens: int) -> int:
         self.calls.append(("trim", session_id, num_tokens))
+        return self.num_lost_tokens
 
     def set_foreground(self, session_id: int | None) -> None:
         self.calls.append(("set_foreground", session_id))

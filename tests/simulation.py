@@ -14,14 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
+from compression_watch import WatchedPool, watch_giving_way
 from fake_device import EOS_ID, START, FakeDevice, extend, make_request, next_token, states_of
 
-from kvchat.config import SchedulerConfig
+from kvchat.config import KVPolicy, SchedulerConfig
 from kvchat.engine.request import Batch, Event, Request
 from kvchat.errors import CapacityError
-from kvchat.kv.block_pool import BlockPool
+from kvchat.kv.block_pool import Sequence
 
 SYSTEM_PROMPTS = [[900 + i] * n for i, n in enumerate((0, 7, 18))]  # shared by many sessions
+NATIVE = KVPolicy()
 MAX_FORKING = 12  # nobody forks while so many sessions are open, or forks would breed forks
 
 
@@ -41,6 +43,7 @@ class Scenario:
     meddling: float = 0.05  # how often somebody acts in the middle of a step
     is_late: bool = False  # tokens are read one step late
     failure_rate: float = 0.0005  # of steps
+    kv: KVPolicy = NATIVE
     non_finite_rate: float = 0.0005  # of sampled rows
 
 
@@ -60,6 +63,8 @@ class Person:
     state: int = START  # of history, prompt and reply
     sent_at: int = 0  # step
     served_at: int = 0  # the last step with a row of the request
+    is_pinned: bool = False
+    was_pinned: bool = False  # at some time since the turn was sent
 
 
 class Simulation:
@@ -73,10 +78,12 @@ class Simulation:
             scenario.max_model_len,
             scenario.max_num_seqs,
             scenario.max_num_batched_tokens,
+            scenario.kv,
         )
         self.rng = random.Random(scenario.seed)
-        self.pool = BlockPool(scenario.num_blocks, scenario.block_size)
+        self.pool = WatchedPool(self)
         self.scheduler = module.Scheduler(self.config, self.pool)
+        watch_giving_way(self)
         self.device = FakeDevice(scenario.num_blocks, scenario.block_size, scenario.seed)
         self.device.non_finite_rate = scenario.non_finite_rate
         self.people: dict[int, Person] = {}  # by session id, while the session is open
@@ -85,6 +92,9 @@ class Simulation:
         self.timers: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self.counts: Counter[str] = Counter()
         self.longest_turn = self.longest_gap = 0  # in steps
+        self.looked_at = 0  # the step in which the foreground changed
+        self.num_compressed = 0  # tokens, in the step being made
+        self.computed: dict[Sequence, int] = {}  # when it began
 
     def run(self) -> None:
         """Until all sessions are closed; raises on anything that should not be."""
@@ -107,7 +117,7 @@ class Simulation:
                 self.clock = max(self.clock, self.timers[0][0])
             launched = (batch, sampled) if batch else None
         self.pool.check_integrity([])
-        assert self.pool.num_free == self.pool.num_usable, f"{self.pool.num_free} blocks are home"
+        assert self.pool.num_held == 0, f"{self.pool.num_held} blocks are not home"
         assert self.scheduler.schedule() is None
 
     # --- steps ---
@@ -118,6 +128,8 @@ class Simulation:
         request = front.request if front else None
         num_preemptions = request.num_preemptions if request else 0
         waiting = [r for r in self.requests() if r.seq is None and r is not request]
+        self.num_compressed = 0
+        self.computed = {seq: n for _, seq, n in self.scheduler.sequences()}
         batch = self.scheduler.schedule()
         if request:
             assert request.num_preemptions == num_preemptions, "the foreground was a victim"
@@ -127,6 +139,7 @@ class Simulation:
         if batch is None:
             return None
         self.num_steps += 1
+        self.counts["steps without rows"] += not batch.rows
         num_tokens = sum(row.num_tokens for row in batch.rows)
         self.clock += 1 + num_tokens / 16
         assert num_tokens == batch.num_tokens <= self.config.max_num_batched_tokens, f"{num_tokens}"
@@ -155,14 +168,18 @@ class Simulation:
                 raise Stalled(f"{gap} steps without a token, {request=}")
             is_ending = batch is None or request.num_pending_tokens > 0
             assert request.wait_reason or is_ending, f"waits without a word: {request=}"
-            assert person.session_id != self.foreground or is_ending, f"not served: {request=}"
+            if person.session_id == self.foreground and not is_ending:
+                # The reserve is filled up first.
+                is_compressing = "compressing" in request.wait_reason
+                gap = min(gap, self.num_steps - self.looked_at)
+                assert is_compressing and gap <= self.config.kv.num_reserved, f"{gap=} {request=}"
 
     def finish_step(self, batch: Batch) -> None:
         """Launch and read in turn, or fail."""
         if self.rng.random() < self.scenario.failure_rate:
             self.counts["failures"] += 1
             self.device.launch_in_part(batch)
-            if self.rng.random() < 0.5:
+            if batch.rows and self.rng.random() < 0.5:
                 self.interrupt(self.people[self.rng.choice(batch.rows).request.session_id])
             self.deliver(self.scheduler.fail(batch, "failed"))
         else:
@@ -209,8 +226,10 @@ class Simulation:
         """Now and then somebody acts in the middle of a step."""
         if self.people and self.rng.random() < self.scenario.meddling:
             person = self.rng.choice(list(self.people.values()))
-            action = self.rng.choice([self.interrupt, self.fork, self.look_at, self.undo])
-            action(person)
+            actions = [self.interrupt, self.fork, self.look_at, self.undo]
+            if self.config.kv.rungs:
+                actions.append(self.pin)
+            self.rng.choice(actions)(person)
 
     def open(self) -> None:
         """A new session; the next one comes later."""
@@ -230,6 +249,7 @@ class Simulation:
     def look_at(self, person: Person) -> None:
         self.foreground = person.session_id if self.rng.random() < 0.9 else None
         self.scheduler.set_foreground(self.foreground)
+        self.looked_at = self.num_steps
 
     def send(self, person: Person) -> None:
         """The next turn, or good-bye."""
@@ -241,19 +261,20 @@ class Simulation:
             return
         num_new = self.rng.choice([1, 2, 3, 5, 8, 13, 30, self.config.max_request_tokens])
         prompt = person.history + [self.rng.randrange(1, 40) for _ in range(num_new)]
+        limit, person.was_pinned = self.limit(person), person.is_pinned
         if self.rng.random() < 0.9:  # mostly it fits, sometimes exactly
-            prompt = prompt[: self.config.max_request_tokens - 1]
+            prompt = prompt[: limit - 1]
         self.last_id += 1
         max_tokens = self.rng.choice([1, 3, 8, 20, None])
         request = make_request(self.last_id, prompt, person.session_id, max_tokens)
         try:
             self.scheduler.submit(request)
         except CapacityError:
-            assert len(prompt) >= self.config.max_request_tokens
+            assert len(prompt) >= limit
             self.counts["refused"] += 1
             self.close(person)
             return
-        assert len(prompt) < self.config.max_request_tokens
+        assert len(prompt) < limit
         person.request, person.reply, person.state = request, [], states_of(prompt)[-1]
         person.sent_at = self.num_steps
         self.counts["turns"] += 1
@@ -278,8 +299,10 @@ class Simulation:
         if reason == "stop":
             assert person.reply[-1] == EOS_ID
         elif reason == "length":
-            limit, max_tokens = self.config.max_request_tokens, request.sampling.max_tokens
-            assert len(request.token_ids) == limit or len(person.reply) == max_tokens
+            max_tokens, num_tokens = request.sampling.max_tokens, len(request.token_ids)
+            is_full = num_tokens == self.config.max_request_tokens
+            is_full |= person.was_pinned and num_tokens >= self.config.max_native_tokens
+            assert is_full or len(person.reply) == max_tokens
         self.after(self.rng.random() * 30, self.send, person)
 
     def interrupt(self, person: Person) -> None:
@@ -299,6 +322,24 @@ class Simulation:
                 self.scheduler.trim(person.session_id, num_tokens)
             self.counts["undone"] += 1
 
+    def pin(self, person: Person) -> None:
+        """Keep it as it is, or no longer."""
+        if self.people.get(person.session_id) is not person:
+            return
+        try:
+            self.scheduler.set_pinned(person.session_id, not person.is_pinned)
+        except CapacityError:
+            self.counts["pins refused"] += 1
+            return
+        person.is_pinned = not person.is_pinned
+        person.was_pinned |= person.is_pinned
+        self.counts["pins"] += 1
+
+    def limit(self, person: Person) -> int:
+        """What the person's session can hold."""
+        config = self.config
+        return config.max_native_tokens if person.is_pinned else config.max_request_tokens
+
     def fork(self, person: Person) -> None:
         """A new session that shares what was said, now and then an unfinished reply as well."""
         is_open = self.people.get(person.session_id) is person
@@ -308,12 +349,11 @@ class Simulation:
             if person.request and self.rng.random() < 0.5:
                 said = person.request.token_ids
             child = self.join(said[:])
-            num_shared = self.scheduler.fork(
-                person.session_id, child.session_id, len(child.history)
-            )
-            assert num_shared <= len(child.history)
+            shared = self.scheduler.fork(person.session_id, child.session_id, len(child.history))
+            assert shared.num_tokens + shared.num_lost_tokens <= len(child.history)
             self.counts["forks"] += 1
-            self.counts["forks that share"] += num_shared > 0
+            self.counts["forks that share"] += shared.num_tokens > 0
+            self.counts["forks that lose"] += shared.num_lost_tokens > 0
 
     def close(self, person: Person) -> None:
         """Close the window, whatever goes on."""

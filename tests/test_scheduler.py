@@ -245,7 +245,7 @@ def test_a_request_reaches_the_end_of_the_pool_though_others_hold_and_share_its_
     bench.submit(1, text(6), session_id=1, max_tokens=1)
     bench.finish()
     for child_id in (2, 3, 4):
-        assert bench.scheduler.fork(1, child_id, 6) == 6
+        assert bench.scheduler.fork(1, child_id, 6).num_tokens == 6
     request = bench.submit(2, text(7), session_id=1)
 
     bench.finish()
@@ -447,7 +447,7 @@ def test_a_fork_shares_all_blocks_and_computes_only_its_own_tokens():
     first = bench.submit(1, text(9), session_id=1, max_tokens=3)
     bench.finish()
 
-    assert bench.scheduler.fork(1, 2, len(first.token_ids)) == 11
+    assert bench.scheduler.fork(1, 2, len(first.token_ids)).num_tokens == 11
     assert bench.pool.num_usable - bench.pool.num_free == 3
     bench.submit(2, [*first.token_ids, 5], session_id=2, max_tokens=2)
     bench.submit(3, [*first.token_ids, 6], session_id=1, max_tokens=2)
@@ -466,7 +466,7 @@ def test_a_fork_of_a_generating_parent_shares_its_last_finished_turn():
     parent = bench.submit(2, history + text(9, 50), session_id=1, max_tokens=6)
     batch = bench.scheduler.schedule()  # while its prompt is on the device
 
-    assert bench.scheduler.fork(1, 2, len(history)) == 12
+    assert bench.scheduler.fork(1, 2, len(history)).num_tokens == 12
     bench.scheduler.update(batch, bench.device.launch(batch).tokens())
     bench.submit(3, [*history, 5], session_id=2, max_tokens=4)
 
@@ -481,8 +481,8 @@ def test_a_fork_gets_no_more_than_is_computed():
     bench.submit(1, text(20), session_id=1)
     bench.step()
 
-    assert bench.scheduler.fork(1, 2, 20) == 6
-    assert bench.scheduler.fork(1, 3, 0) == 0
+    assert bench.scheduler.fork(1, 2, 20).num_tokens == 6
+    assert bench.scheduler.fork(1, 3, 0).num_tokens == 0
     assert bench.held() == {1: 6, 2: 6}
 
 
@@ -492,7 +492,7 @@ def test_a_fork_of_a_session_that_lost_its_blocks_starts_from_the_cache():
     bench.finish()
     bench.scheduler.release(1)
 
-    assert bench.scheduler.fork(1, 2, 9) == 0
+    assert bench.scheduler.fork(1, 2, 9).num_tokens == 0
     bench.submit(2, text(10), session_id=2, max_tokens=1)
     assert bench.step() == {2: (8, 2)}
 
@@ -503,7 +503,9 @@ def test_a_fork_inside_the_tail_that_the_parent_writes_parts_them_by_a_copy():
     bench.step()
     bench.step()
     said = parent.token_ids[:]
-    assert bench.scheduler.fork(1, 2, len(said)) == 10  # of 11: the last is not computed yet
+    assert (
+        bench.scheduler.fork(1, 2, len(said)).num_tokens == 10
+    )  # of 11: the last is not computed yet
 
     bench.submit(2, [*said, 5, 6, 7], session_id=2, max_tokens=3)
     bench.finish()
@@ -519,7 +521,7 @@ def test_a_fork_replaces_what_the_child_held():
         bench.submit(session_id, text(9, session_id * 100), max_tokens=1)
     bench.finish()
 
-    assert bench.scheduler.fork(1, 2, 6) == 6
+    assert bench.scheduler.fork(1, 2, 6).num_tokens == 6
     assert bench.held() == {1: 9, 2: 6}
     assert bench.pool.num_usable - bench.pool.num_free == 3
     bench.check()
@@ -769,7 +771,7 @@ def test_a_step_built_on_one_that_fails_fails_with_it():
     bench = Bench()
     bench.submit(1, text(9), session_id=1)
     first = bench.scheduler.schedule()
-    assert bench.scheduler.fork(1, 2, 8) == 8
+    assert bench.scheduler.fork(1, 2, 8).num_tokens == 8
     bench.submit(2, [*text(8), 5], session_id=2)
     second = bench.scheduler.schedule()
     assert shares(second) == {1: (9, 1), 2: (8, 1)}  # 2 reads what the first step was to write

@@ -60,11 +60,27 @@ SHORT = [
 
 
 def check(module: ModuleType) -> None:
-    if hasattr(module, "Resident"):
-        residents, module = module, load(Mutant("none", SCHEDULER, ()))
-        module.Residents = residents.Residents
     for scenario in SHORT:
-        Simulation(module, scenario, check_every=1).run()
+        Simulation(assemble(module), scenario, check_every=1).run()
+
+
+def assemble(module: ModuleType) -> ModuleType:
+    """A fresh scheduler module that is built on this one of its parts."""
+    if module.__name__ == SCHEDULER:
+        return module
+    scheduler = load(Mutant("none", SCHEDULER, ()))
+    memory = load(Mutant("none", "kvchat.engine.memory", ()))
+    scheduler.Memory = memory.Memory
+    if module.__name__ == "kvchat.engine.memory":
+        scheduler.Memory = module.Memory
+    elif module.__name__ == "kvchat.engine.residents":
+        memory.Residents = module.Residents
+    elif module.__name__ == "kvchat.kv.ladder":
+        memory.Ladder = module.Ladder
+        memory.Holder = module.Holder
+    else:
+        scheduler.Roster = module.Roster
+    return scheduler
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -12,7 +12,7 @@ from kvchat.chat.reply import THINK_START, Chunk, Reply, ReplyStyle
 from kvchat.chat.template import ChatFormat
 from kvchat.chat.tokenizer import StreamDecoder, Tokenizer
 from kvchat.config import SamplingParams
-from kvchat.engine.request import Event, Request
+from kvchat.engine.request import Event, Request, Shared
 
 
 class ChatEngine(Protocol):
@@ -22,9 +22,9 @@ class ChatEngine(Protocol):
 
     def abort(self, request_id: int) -> Event | None: ...
 
-    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int: ...
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> Shared: ...
 
-    def trim(self, session_id: int, num_tokens: int) -> None: ...
+    def trim(self, session_id: int, num_tokens: int) -> int: ...
 
     def release(self, session_id: int) -> Event | None: ...
 

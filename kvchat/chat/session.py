@@ -136,7 +136,7 @@ class Session:
             num_steps += 1
         if not num_steps:
             raise UsageError("nothing to undo: this is the start of the conversation")
-        self._desk.engine.trim(self.id, self._leaf.num_tokens)
+        self._note_lost(self._desk.engine.trim(self.id, self._leaf.num_tokens))
         return num_steps
 
     def redo(self) -> None:
@@ -195,7 +195,8 @@ class Session:
         if parent._job is not None and turn.parent is not None:
             turn = turn.parent
         self._root, self._leaf = turn.copy_path(next(self._branches))
-        self._desk.engine.fork(parent.id, self.id, turn.num_tokens)
+        shared = self._desk.engine.fork(parent.id, self.id, turn.num_tokens)
+        self._note_lost(shared.num_lost_tokens)
 
     def apply(self, event: Event, at: float) -> bool:
         """Take in what the engine made at the time `at`; False when it is no longer wanted."""
@@ -211,6 +212,12 @@ class Session:
         return True
 
     # Inside
+
+    def _note_lost(self, num_tokens: int) -> None:
+        """Say what a cut through compressed tokens costs the next turn."""
+        if num_tokens:
+            text = f"{num_tokens:,} kept tokens were compressed with later ones: computed again"
+            self._output.append(Chunk("remark", f"{text} with the next turn"))
 
     def _require_idle(self) -> None:
         if self.is_working:

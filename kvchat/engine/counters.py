@@ -19,6 +19,7 @@ class SchedulerCounters:
     num_cached_tokens: int = 0  # of prompts, not computed again
     num_preemptions: int = 0
     num_drops: int = 0  # idle sessions that gave up their blocks to others
+    num_recomputed_tokens: int = 0  # kept by a fork or undo, given up with the compressed span cut
 
     def count_step(self, batch: Batch) -> None:
         """Count a step that was scheduled."""

@@ -12,10 +12,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from kvchat.engine.request import Batch, Event, Request
+from kvchat.engine.request import Batch, Event, Request, Shared
 from kvchat.engine.scheduler import Scheduler
-from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV, map_blocks, read_stats
+from kvchat.engine.stats import (
+    BlockOwner,
+    EngineStats,
+    SessionKV,
+    map_blocks,
+    read_session_kv,
+    read_stats,
+)
 from kvchat.errors import EngineError, quoted
+from kvchat.kv.layout import Codec
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +43,11 @@ class StepRunner(Protocol):
 
 
 class Engine:
-    """Owns who runs. `listener` gets every event once, in order; it must hand over, never wait."""
+    """Owns who runs. `listener` gets every event once, in order; it must hand over, never wait.
+
+    `bytes_per_block` are reserved for each block of the pool; of these a block of each codec uses
+    `bytes_used`.
+    """
 
     def __init__(
         self,
@@ -43,11 +55,13 @@ class Engine:
         runner: StepRunner,
         listener: Callable[[list[Event]], None],
         bytes_per_block: int = 0,
+        bytes_used: tuple[int, ...] = (),
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
         self._bytes_per_block = bytes_per_block
+        self._bytes_used = bytes_used
         self._lock = threading.Condition()  # over the scheduler and the outbox; told of new work
         self._outbox: deque[Event] = deque()
         self._delivery = threading.RLock()  # one thread delivers at a time, so order is kept
@@ -95,15 +109,22 @@ class Engine:
         self._deliver()
         return event
 
-    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int:
-        """Let the child share the parent's first num_tokens, as far as computed: how many."""
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> Shared:
+        """Let the child share the parent's first num_tokens, as far as computed."""
         with self._lock:
             return self._scheduler.fork(parent_session_id, child_session_id, num_tokens)
 
-    def trim(self, session_id: int, num_tokens: int) -> None:
-        """Let an idle session hold at most its first num_tokens."""
+    def trim(self, session_id: int, num_tokens: int) -> int:
+        """Let an idle session hold at most its first num_tokens; returns how many of these it has
+        to compute again, as a compressed span was cut."""
         with self._lock:
-            self._scheduler.trim(session_id, num_tokens)
+            return self._scheduler.trim(session_id, num_tokens)
+
+    def set_pinned(self, session_id: int, is_pinned: bool) -> None:
+        """A pinned session is not compressed, and gives way last. Raises CapacityError when the
+        pool could not hold it so."""
+        with self._lock:
+            self._scheduler.set_pinned(session_id, is_pinned)
 
     def set_foreground(self, session_id: int | None) -> None:
         """The session on screen is served first and never gives way."""
@@ -120,14 +141,18 @@ class Engine:
         with self._lock:
             return map_blocks(self._scheduler)
 
+    def pool_codecs(self) -> list[Codec]:
+        """How each block stores its tokens, by block id."""
+        with self._lock:
+            pool = self._scheduler.pool
+            return [pool.codec(block_id) for block_id in range(pool.num_blocks)]
+
     def session_kv(self, session_id: int) -> SessionKV:
         """What the session holds in the pool, for /kv."""
         with self._lock:
-            for holder_id, seq, num_tokens in self._scheduler.sequences():
-                if holder_id == session_id:
-                    num_bytes = seq.num_blocks * self._bytes_per_block
-                    return SessionKV(num_tokens, seq.num_blocks, num_bytes)
-        return SessionKV(0, 0, 0)
+            return read_session_kv(
+                self._scheduler, session_id, self._bytes_per_block, self._bytes_used
+            )
 
     def step(self) -> bool:
         """Do one step; False when there is nothing to do. For the worker, or tests without one.

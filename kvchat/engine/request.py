@@ -48,14 +48,30 @@ class Row:
     num_tokens: int
     is_sampled: bool  # its last position's logits are drawn from
 
+    @property
+    def end(self) -> int:
+        """The position after its last."""
+        return self.start + self.num_tokens
+
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """What the scheduler hands to the runner for one step; `block_ops` run first, in order."""
+    """What the scheduler hands to the runner for one step; `block_ops` run first, in order.
+
+    There may be no rows: the step then makes room for those that wait.
+    """
 
     rows: list[Row]
     block_ops: list[BlockOp]
     num_tokens: int
+
+
+class Shared(NamedTuple):
+    """What a fork got. A compressed span is shared whole or not at all: `num_lost_tokens` were
+    computed and wanted, and the child computes them again."""
+
+    num_tokens: int
+    num_lost_tokens: int
 
 
 class Event(NamedTuple):

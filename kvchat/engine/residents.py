@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvchat.engine.counters import SchedulerCounters
 from kvchat.kv.block_pool import BlockPool, Sequence
+from kvchat.kv.ladder import Ladder
 
 
 @dataclass(slots=True, eq=False)
@@ -22,10 +24,12 @@ class Resident:
 
 
 class Residents:
-    """At most one resident per session, kept from the coldest to the one that was used last."""
+    """At most one resident per session, kept from the coldest to the one that was used last.
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    `ladder` is told of every sequence that comes, is cut or goes."""
+
+    def __init__(self, pool: BlockPool, ladder: Ladder, counters: SchedulerCounters) -> None:
+        self._pool, self._ladder, self._counters = pool, ladder, counters
         self._held: dict[int, Resident] = {}  # by session id, coldest first
         self._trimmed: list[Resident] = []  # until settle: their sequences are too long
         self._dropped: list[Sequence] = []  # until settle: they belong to nobody
@@ -36,10 +40,14 @@ class Residents:
     def __iter__(self) -> Iterator[tuple[int, Resident]]:
         return iter(self._held.items())
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that dropping all would free; one that is shared counts once for each holder."""
-        return sum(resident.seq.num_blocks for resident in self._held.values())
+    def num_blocks(self, spared: set[int]) -> int:
+        """Blocks that dropping all but these sessions would free; one that is shared counts once
+        for each holder."""
+        return sum(
+            resident.seq.num_blocks
+            for session_id, resident in self._held.items()
+            if session_id not in spared
+        )
 
     def get(self, session_id: int) -> Resident | None:
         """What the session holds, to look at or to fork from."""
@@ -51,6 +59,7 @@ class Residents:
         """Own seq and token_ids, the computed ones, from now on, in place of what was held."""
         self.drop(session_id)
         self._held[session_id] = Resident(seq, token_ids, request_id)
+        self._ladder.touch(seq)
         self.trim(session_id, len(token_ids))
 
     def take(self, session_id: int, token_ids: list[int], request_id: int) -> Sequence:
@@ -65,46 +74,75 @@ class Residents:
         if resident.request_id == request_id:
             return resident.seq
         num_common = min(_num_common(resident.token_ids, token_ids), len(token_ids) - 1)
-        if self._pool.match(token_ids) > num_common:
-            self._pool.free(resident.seq)
+        num_kept = self._pool.num_kept(resident.seq, num_common)
+        num_found = self._pool.match(token_ids)
+        self._counters.num_recomputed_tokens += max(0, num_common - max(num_kept, num_found))
+        if num_found > num_kept:
+            self.free(resident.seq)
             return self._pool.alloc(token_ids)
-        self._pool.truncate(resident.seq, num_common)
+        self._cut(resident.seq, num_common)
         return resident.seq
 
-    def trim(self, session_id: int, num_tokens: int) -> None:
-        """Hold at most the first num_tokens."""
+    def seal(self, session_id: int, seq: Sequence | None, num_computed: int) -> None:
+        """A step that was launched for a request that has ended is read: if the session still holds
+        its sequence, so many tokens of it are computed."""
+        resident = self._held.get(session_id)
+        if resident is not None and resident.seq is seq:
+            self._pool.seal(seq, resident.token_ids, num_computed)
+            self._ladder.touch(seq)
+
+    def trim(self, session_id: int, num_tokens: int) -> int:
+        """Hold at most the first num_tokens; returns how many of these are given up as well, as
+        they are a part of a compressed span."""
         resident = self._held.get(session_id)
         if resident is None:
-            return
-        del resident.token_ids[num_tokens:]
-        if not resident.token_ids:
+            return 0
+        token_ids, seq = resident.token_ids, resident.seq
+        num_wanted = min(num_tokens, len(token_ids))
+        del token_ids[self._pool.num_kept(seq, num_wanted) :]
+        num_lost = num_wanted - len(token_ids)
+        self._counters.num_recomputed_tokens += num_lost
+        if not token_ids:
             self.drop(session_id)
-        elif resident.seq.num_tokens > len(resident.token_ids):
+        elif seq.num_tokens > len(token_ids):
             self._trimmed.append(resident)
+        return num_lost
 
     def drop(self, session_id: int) -> None:
         """Forget the session."""
         if resident := self._held.pop(session_id, None):
             self._dropped.append(resident.seq)
 
-    def drop_coldest(self, spared_session_id: int | None) -> Resident | None:
-        """Free, at once, what was idle for longest, the spared session last; None: none left."""
-        if not self._held:
+    def drop_coldest(self, last_session_id: int | None, spared: set[int]) -> Resident | None:
+        """Free, at once, what was idle for longest, the last session last and the spared ones not
+        at all; None: none left."""
+        held_ids = [held_id for held_id in self._held if held_id not in spared]
+        if not held_ids:
             return None
-        session_id = min(self._held, key=lambda held_id: held_id == spared_session_id)
+        session_id = min(held_ids, key=lambda held_id: held_id == last_session_id)
         resident = self._held.pop(session_id)
-        self._pool.free(resident.seq)
+        self.free(resident.seq)
         return resident
+
+    def free(self, seq: Sequence) -> None:
+        """Give back all of a sequence."""
+        self._ladder.forget(seq)
+        self._pool.free(seq)
 
     def settle(self) -> None:
         """Give back the blocks of what was trimmed and dropped; every step is launched by now."""
         for seq in self._dropped:
-            self._pool.free(seq)
+            self.free(seq)
         for resident in self._trimmed:
             if not resident.seq.is_freed and resident.seq.num_tokens > len(resident.token_ids):
-                self._pool.truncate(resident.seq, len(resident.token_ids))
+                self._cut(resident.seq, len(resident.token_ids))
         self._dropped.clear()
         self._trimmed.clear()
+
+    def _cut(self, seq: Sequence, num_tokens: int) -> None:
+        self._ladder.forget(seq)
+        self._pool.truncate(seq, num_tokens)
+        self._ladder.touch(seq)
 
 
 def _num_common(a: list[int], b: list[int]) -> int:

@@ -2,10 +2,8 @@
 
 There is no prefill and no decode here: every request has num_computed_tokens chasing num_tokens,
 and a step hands a budget of tokens to all of them, in one order: the foreground session's request,
-then by arrival. Whoever needs a block takes it, in this order, from: the free queue (the prefix
-cache is its end), the coldest idle session, the youngest running request behind it in the order.
-A waiting request in the background only takes what is free or idle. The first in the order can
-thus always go on, and a request that the pool can hold alone always ends.
+then by arrival. Where their blocks come from is engine/memory's. The first in the order can always
+go on, and a request that the pool can hold alone always ends.
 
 Who owns a sequence: a running request (request.seq), else the session's resident, nobody else.
 A sequence covers, in positions:
@@ -20,10 +18,12 @@ from collections.abc import Iterator
 
 from kvchat.config import SchedulerConfig
 from kvchat.engine.counters import SchedulerCounters
-from kvchat.engine.request import Batch, Event, Request, Row
-from kvchat.engine.residents import Residents
+from kvchat.engine.history import Compressed
+from kvchat.engine.memory import Memory
+from kvchat.engine.request import Batch, Event, Request, Row, Shared
+from kvchat.engine.roster import Roster
 from kvchat.errors import CapacityError, UsageError
-from kvchat.kv.block_pool import BlockOp, BlockPool, Sequence
+from kvchat.kv.block_pool import BlockPool, Sequence
 
 NON_FINITE = "the model's output was not finite; the turn was stopped, its cached tokens forgotten"
 
@@ -42,10 +42,11 @@ class Scheduler:
         # Every running request gets a token in every step, so no more may run than there are.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._max_request_tokens = config.max_request_tokens
-        self._requests: dict[int, Request] = {}  # unfinished, by session id, in order of arrival
-        self._residents = Residents(pool)
-        self._num_running = 0  # of _requests, those with a sequence
-        self._foreground: int | None = None
+        self._roster = Roster()
+        self._requests = self._roster.requests
+        self._memory = Memory(config, pool, self._roster, self.counters)
+        self._residents = self._memory.residents
+        self._unlaunched: Batch | None = None  # being scheduled
         self._launched: list[Batch] = []  # scheduled, not yet updated: two at most
         self._untold: list[Event] = []  # of an update that is not done
 
@@ -57,12 +58,12 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that hold a sequence."""
-        return self._num_running
+        return self._roster.num_running
 
     @property
     def num_waiting(self) -> int:
         """Requests that do not; wait_reason says why."""
-        return len(self._requests) - self._num_running
+        return len(self._requests) - self.num_running
 
     def sequences(self) -> Iterator[tuple[int, Sequence, int]]:
         """(session id, sequence, tokens computed in it) of everything that holds blocks."""
@@ -78,12 +79,14 @@ class Scheduler:
         token_ids is the scheduler's from here on. What the session computed before is not again.
         """
         assert request.session_id not in self._requests, f"two requests: {request.session_id=}"
-        num_tokens, limit = len(request.token_ids), self._max_request_tokens
+        num_tokens, limit = len(request.token_ids), self._limit(request.session_id)
         if not num_tokens:
             raise UsageError("the prompt is empty; type a message first")
         if num_tokens >= limit:
             is_pool = limit < self.config.max_model_len
             holder, flag = ("the KV pool", "--kv-mem") if is_pool else ("a session", "--ctx-size")
+            if limit < self._max_request_tokens:
+                holder = "a session that is pinned, and so not compressed,"
             raise CapacityError(
                 f"the prompt has {num_tokens} tokens and at most {limit - 1} fit, as {holder} holds"
                 f" {limit} with the reply; shorten the chat by {num_tokens - limit + 1} tokens"
@@ -102,10 +105,34 @@ class Scheduler:
 
     def set_foreground(self, session_id: int | None) -> None:
         """The session on screen: it is served first and never gives way to others."""
-        self._foreground = session_id
+        self._roster.foreground = session_id
 
-    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> int:
-        """Let the child share the parent's first num_tokens, as far as computed; returns how many.
+    def set_pinned(self, session_id: int, is_pinned: bool) -> None:
+        """Pinned: nothing of the session is compressed, and it gives way when nobody else can.
+
+        Raises CapacityError when the session is longer than what the pool holds so.
+        """
+        held = [(seq, num) for held_id, seq, num in self.sequences() if held_id == session_id]
+        request = self._requests.get(session_id)
+        num_tokens = len(request.token_ids) if request else sum(num for _, num in held)
+        if is_pinned and num_tokens >= self.config.max_native_tokens:
+            raise CapacityError(
+                f"the session has {num_tokens} tokens, and of a pinned one, which is not"
+                f" compressed, the pool holds {self.config.max_native_tokens}; raise --kv-mem"
+            )
+        if is_pinned:
+            self._roster.pinned.add(session_id)
+        else:
+            self._roster.pinned.discard(session_id)
+        for seq, _ in held:
+            self._memory.touch(seq)
+
+    def history(self, session_id: int) -> tuple[Compressed, ...]:
+        """What was compressed of the session's, and when: the last entries, oldest first."""
+        return self._memory.history.of(session_id)
+
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> Shared:
+        """Let the child share the parent's first num_tokens, as far as computed.
 
         The parent may be generating. A parent that holds nothing is no error: the child's first
         turn then finds in the prefix cache what is left there.
@@ -113,27 +140,39 @@ class Scheduler:
         assert child_session_id not in self._requests, f"{child_session_id=} is generating"
         parent = self._requests.get(parent_session_id)
         if parent is not None and parent.seq is not None:
-            num_tokens = min(num_tokens, parent.num_computed_tokens)
-            seq, token_ids = parent.seq, parent.token_ids[:num_tokens]
+            seq, token_ids = parent.seq, parent.token_ids[: parent.num_computed_tokens]
         elif (resident := self._residents.get(parent_session_id)) is not None:
-            seq, token_ids = resident.seq, resident.token_ids[:num_tokens]
+            seq, token_ids = resident.seq, resident.token_ids
         else:
-            return 0
-        self._residents.keep(child_session_id, self.pool.fork(seq, len(token_ids)), token_ids)
+            return Shared(0, 0)
+        num_wanted = min(num_tokens, len(token_ids))
+        child = self.pool.fork(seq, num_wanted)
+        num_lost = num_wanted - child.num_tokens
+        self.counters.num_recomputed_tokens += num_lost
+        self._residents.keep(child_session_id, child, token_ids[: child.num_tokens])
+        self._memory.history.fork(parent_session_id, child_session_id)
         self._settle_if_idle()
-        return len(token_ids)
+        return Shared(len(token_ids[: child.num_tokens]), num_lost)
 
-    def trim(self, session_id: int, num_tokens: int) -> None:
-        """Let an idle session hold at most its first num_tokens; a running one is not touched."""
-        if session_id not in self._requests:
-            self._residents.trim(session_id, num_tokens)
-            self._settle_if_idle()
+    def trim(self, session_id: int, num_tokens: int) -> int:
+        """Let an idle session hold at most its first num_tokens; a running one is not touched.
+
+        Returns how many of these it gives up as well, in a compressed span that is cut: they are
+        computed again with the next turn.
+        """
+        if session_id in self._requests:
+            return 0
+        num_lost = self._residents.trim(session_id, num_tokens)
+        self._settle_if_idle()
+        return num_lost
 
     def release(self, session_id: int) -> Event | None:
         """End the session's request, if any, and give all it holds back to the pool."""
         request = self._requests.get(session_id)
         event = self._finish(request, "abort") if request is not None else None
         self._residents.drop(session_id)
+        self._roster.pinned.discard(session_id)
+        self._memory.history.forget(session_id)
         self._settle_if_idle()
         return event
 
@@ -144,23 +183,26 @@ class Scheduler:
         return [event for event in events if event is not None]
 
     def schedule(self) -> Batch | None:
-        """The next step, or None when there is nothing to do before a launched step's update."""
-        self._residents.settle()
-        batch = Batch([], [], 0)
+        """The next step, or None when there is nothing to do before a launched step's update.
+
+        A step may have no rows and only compress.
+        """
+        batch = self._unlaunched = Batch([], [], 0)
+        self._memory.begin_step(batch.block_ops)
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
         num_waiting, blocked = 0, ""
         # One newcomer a step gets in beside a long prompt that would take all of the budget.
-        num_kept = int(self._num_running < min(len(self._requests), self._max_running))
+        num_kept = int(self.num_running < min(len(self._requests), self._max_running))
         num_served = 0  # running requests that this loop has passed
-        for request in self._by_priority():
+        for request in self._roster.by_priority():
             if request.seq is None:
                 num_kept = 0
                 # Who was preempted in this step must not come back in it: when tokens are read
                 # late, rows of two sequences would be launched and a token still be pending.
                 if not blocked and self.counters.num_preemptions != num_preemptions:
                     blocked = "memory"
-                has_budget = budget > self._num_running - num_served
+                has_budget = budget > self.num_running - num_served
                 blocked = blocked or self._admit(request, has_budget, batch)
                 if blocked:
                     request.wait_reason = f"waiting for {blocked} ({num_waiting} ahead)"
@@ -168,9 +210,10 @@ class Scheduler:
                     continue
             num_served += 1
             # Everybody behind it is owed one token.
-            num_owed = self._num_running - num_served + num_kept
+            num_owed = self.num_running - num_served + num_kept
             budget -= self._serve(request, budget - num_owed, batch)
-        if not batch.rows:
+        self._unlaunched = None
+        if not batch.rows and not batch.block_ops:
             assert self._launched or not self._requests, f"stalled: {self._requests}"
             return None
         batch.num_tokens = self.config.max_num_batched_tokens - budget
@@ -195,16 +238,19 @@ class Scheduler:
             request = row.request
             token_id = next(sampled_ids) if row.is_sampled else None
             if request.finish_reason is not None:
+                if token_id is None or token_id >= 0:
+                    self._residents.seal(request.session_id, request.seq, row.end)
                 continue
             if token_id is not None and token_id < 0:
                 if request.seq is not None:
                     self.pool.unseal(request.seq)
                 events.append(self._finish(request, "error", NON_FINITE))
                 continue
-            end = row.start + row.num_tokens
+            end = row.end
             has_filled_block = end % block_size < row.num_tokens
             if has_filled_block and request.seq is not None:
                 self.pool.seal(request.seq, request.token_ids, end)
+                self._memory.touch(request.seq)
             if token_id is not None:
                 events.append(self._accept(request, token_id))
         self._residents.settle()
@@ -216,57 +262,38 @@ class Scheduler:
         and those of a step built on it, which may read what it was to write.
 
         What the idle sessions hold is dropped: a step may have been to write into it. All that
-        was sealed stays cached.
+        was sealed stays cached. A step without rows was made for all requests.
         """
+        failed = [batch] if batch else []
         requests = [*self._requests.values()]
         if batch:
-            self._launched = [step for step in self._launched if step is not batch]
-            requests = [row.request for step in (batch, *self._launched) for row in step.rows]
+            failed += [step for step in self._launched if step is not batch]
+            self._launched = failed[1:]
+            if batch.rows:
+                requests = [row.request for step in failed for row in step.rows]
+        elif self._unlaunched:
+            failed = [self._unlaunched]
         events, self._untold = self._untold, []  # an update may have failed half way
         for request in requests:
             if request.finish_reason is None:
                 events.append(self._finish(request, "error", error))
-        while self._residents.drop_coldest(None):
-            self.counters.num_drops += 1
-        self._residents.settle()
+        self._memory.fail([op for step in failed for op in step.block_ops])
         return events
 
-    def _by_priority(self) -> list[Request]:
-        """The foreground's request, then by arrival."""
-        first = self._requests.get(self._foreground) if self._foreground is not None else None
-        if first is None:
-            return list(self._requests.values())
-        return [first, *(request for request in self._requests.values() if request is not first)]
-
     def _admit(self, request: Request, has_budget: bool, batch: Batch) -> str:
-        """Give a waiting request its sequence, with slots for all its tokens; or what it lacks."""
+        """Give a waiting request its sequence, with slots for its tokens; or what it lacks."""
         assert not request.num_pending_tokens, f"not read: {request=}"
-        is_foreground = request.session_id == self._foreground
-        if self._num_running == self._max_running:
-            if (victim := self._victim(request)) is None:
+        if self.num_running == self._max_running:
+            if (victim := self._roster.victim(request)) is None:
                 return "its turn"
-            self._preempt(victim)
+            self._memory.preempt(victim)
         elif not has_budget:
             return "its turn"
-        token_ids = request.token_ids
-        seq = self._residents.take(request.session_id, token_ids, request.request_id)
-        num_computed = seq.num_tokens
-        # Each running request is left a block to grow into, else it would soon preempt this one.
-        num_blocks = -(-len(token_ids) // self.config.block_size) - len(seq.table)
-        num_blocks += 0 if is_foreground else self._num_running
-        ops = None
-        if is_foreground or num_blocks <= self.pool.num_free + self._residents.num_blocks:
-            ops = self._claim(request, seq, len(token_ids) - num_computed)
-        if ops is None:
-            held_ids = token_ids[:num_computed]
-            self._residents.keep(request.session_id, seq, held_ids, request.request_id)
-            return "memory"
-        batch.block_ops += ops
-        request.seq, request.num_computed_tokens, request.wait_reason = seq, num_computed, ""
-        self._num_running += 1
+        if lack := self._memory.admit(request, batch.block_ops):
+            return lack
         if not request.num_preemptions:
-            request.num_cached_tokens = num_computed
-            self.counters.num_cached_tokens += num_computed
+            request.num_cached_tokens = request.num_computed_tokens
+            self.counters.num_cached_tokens += request.num_computed_tokens
         return ""
 
     def _serve(self, request: Request, budget: int, batch: Batch) -> int:
@@ -283,12 +310,13 @@ class Scheduler:
         if num_slots > 0:
             ops = self.pool.append(seq, num_slots)
             if ops is None:
-                ops = self._claim(request, seq, num_slots)
-            if ops is None:  # it keeps its blocks until somebody before it wants them
-                request.wait_reason = "waiting for memory (0 ahead)"
-                return 0
+                num_new += self._memory.claim(request, seq, num_slots, batch.block_ops) - num_slots
+                if num_new <= 0:  # it keeps its blocks until somebody before it wants them
+                    request.wait_reason = f"waiting for {self._memory.shortage} (0 ahead)"
+                    return 0
+            else:
+                batch.block_ops += ops
             request.wait_reason = ""
-            batch.block_ops += ops
         is_sampled = start + num_new == num_tokens
         if is_sampled:
             request.num_pending_tokens = num_pending + 1
@@ -296,46 +324,18 @@ class Scheduler:
         batch.rows.append(Row(request, start, num_new, is_sampled))
         return num_new
 
-    def _claim(self, request: Request, seq: Sequence, num_tokens: int) -> list[BlockOp] | None:
-        """Slots for num_tokens more, whoever has to give way; None when nobody has to."""
-        while (ops := self.pool.append(seq, num_tokens)) is None:
-            if resident := self._residents.drop_coldest(self._foreground):
-                # A waiting request's prefix is found again in every step: that is no loss.
-                self.counters.num_drops += resident.request_id is None
-                continue
-            victim = self._victim(request)
-            if victim is None:
-                return None
-            self._preempt(victim)
-        return ops
-
-    def _victim(self, request: Request) -> Request | None:
-        """The youngest running request that comes after this one, never the foreground's."""
-        is_foreground = request.session_id == self._foreground
-        if request.seq is None and not is_foreground:
-            return None
-        for other in reversed(self._requests.values()):
-            if other is request and not is_foreground:
-                return None
-            if other.seq is not None and other.session_id != self._foreground:
-                return other
-        return None
-
-    def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; it computes again later what is not cached then."""
-        assert request.seq is not None, f"{request.request_id=} is not running"
-        self.pool.free(request.seq)
-        request.seq, request.num_computed_tokens = None, 0
-        request.num_preemptions += 1
-        self._num_running -= 1
-        self.counters.num_preemptions += 1
+    def _limit(self, session_id: int) -> int:
+        """The longest sequence that the session's request may reach."""
+        if session_id in self._roster.pinned:
+            return self.config.max_native_tokens
+        return self._max_request_tokens
 
     def _is_full(self, request: Request, num_tokens: int) -> bool:
         """With num_tokens the request is at the end of the context, or has all it asked for."""
         max_tokens = request.sampling.max_tokens
         if max_tokens is not None and num_tokens - request.num_prompt_tokens >= max_tokens:
             return True
-        return num_tokens >= self._max_request_tokens
+        return num_tokens >= self._limit(request.session_id)
 
     def _accept(self, request: Request, token_id: int) -> Event:
         """Append what was sampled and end the request if that ends it."""
@@ -363,7 +363,7 @@ class Scheduler:
         del self._requests[request.session_id]
         request.finish_reason, request.wait_reason = reason, ""
         if request.seq is not None:
-            self._num_running -= 1
+            self._roster.num_running -= 1
             token_ids = [] if error else request.token_ids[: request.num_computed_tokens]
             self._residents.keep(request.session_id, request.seq, token_ids)
         return Event(request.request_id, request.session_id, (), reason, error)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
+from kvchat.engine.history import Compressed
 from kvchat.engine.scheduler import Scheduler
-from kvchat.kv.layout import Codec, block_ids
+from kvchat.kv.block_pool import Sequence
+from kvchat.kv.layout import Codec, block_ids, unpack_entry
 
 # A number is the one session that holds the block.
 BlockOwner = int | Literal["null", "free", "cached", "shared"]
 
 
-class SessionKV(NamedTuple):
-    """What one session holds in the pool now; shared blocks count in full."""
+class CodecShare(NamedTuple):
+    """What of a session is stored in one codec. The bytes are those that its blocks use."""
 
     num_tokens: int
     num_blocks: int
     num_bytes: int
+
+
+class SessionKV(NamedTuple):
+    """What one session holds in the pool now; shared blocks count in full. num_bytes are those
+    reserved for its blocks."""
+
+    num_tokens: int
+    num_blocks: int
+    num_bytes: int
+    shares: Mapping[Codec, CodecShare] = {}  # of the codecs that occur
+    history: tuple[Compressed, ...] = ()  # what was compressed when, oldest first
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class EngineStats:
     # By (codec of the sources, codec of the block that they became):
     num_compressions: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # spans
     num_blocks_freed: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # by those
+    num_recomputed_tokens: int = 0  # given up where a fork or an undo cut a compressed span
 
     @property
     def mean_decode_batch(self) -> float:
@@ -74,3 +89,34 @@ def map_blocks(scheduler: Scheduler) -> list[BlockOwner]:
         for block_id in block_ids(seq.table):
             owners[block_id] = session_id if states[block_id] == 1 else "shared"
     return owners
+
+
+def read_session_kv(
+    scheduler: Scheduler, session_id: int, bytes_per_block: int, bytes_used: tuple[int, ...]
+) -> SessionKV:
+    """What a session holds, of what, and how it became that."""
+    history = scheduler.history(session_id)
+    for holder_id, seq, num_tokens in scheduler.sequences():
+        if holder_id == session_id:
+            shares = _shares(seq, num_tokens, scheduler.pool.block_size, bytes_used)
+            num_bytes = seq.num_blocks * bytes_per_block
+            return SessionKV(num_tokens, seq.num_blocks, num_bytes, shares, history)
+    return SessionKV(0, 0, 0, {}, history)
+
+
+def _shares(
+    seq: Sequence, num_tokens: int, block_size: int, bytes_used: tuple[int, ...]
+) -> dict[Codec, CodecShare]:
+    """By codec, for the sequence's first num_tokens."""
+    tokens: dict[Codec, int] = {}
+    blocks: dict[Codec, int] = {}
+    for idx, entry in enumerate(seq.table):
+        _, codec, span_idx = unpack_entry(entry)
+        num_here = max(0, min(block_size, num_tokens - idx * block_size))
+        tokens[codec] = tokens.get(codec, 0) + num_here
+        blocks[codec] = blocks.get(codec, 0) + (span_idx == 0)
+    sizes = dict(zip(Codec, bytes_used, strict=False))
+    return {
+        codec: CodecShare(tokens[codec], blocks[codec], blocks[codec] * sizes.get(codec, 0))
+        for codec in sorted(tokens)
+    }

@@ -9,6 +9,14 @@ def _scheduler(name: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, "kvchat.engine.scheduler", edits)
 
 
+def _roster(name: str, *edits: tuple[str, str]) -> Mutant:
+    return Mutant(name, "kvchat.engine.roster", edits)
+
+
+def _memory(name: str, *edits: tuple[str, str]) -> Mutant:
+    return Mutant(name, "kvchat.engine.memory", edits)
+
+
 def _residents(name: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, "kvchat.engine.residents", edits)
 
@@ -26,49 +34,52 @@ MUTANTS = [
         "the budget is not counted down",
         ("budget -= self._serve", "self._serve"),
     ),
-    _scheduler(
+    _roster(
         "the foreground is a victim",
-        (" and other.session_id != self._foreground:", " and other is not request:"),
+        (" or other.session_id == self.foreground or", " or other is request or"),
     ),
-    _scheduler(
+    _roster(
         "the foreground is not served first",
         (
-            "self._requests.get(self._foreground) if self._foreground is not None else None",
+            "self.requests.get(self.foreground) if self.foreground is not None else None",
             "None",
         ),
     ),
-    _scheduler(
+    _roster(
         "an older request is the victim",
         (
-            "for other in reversed(self._requests.values()):",
-            "for other in self._requests.values():",
+            "for other in reversed(self.requests.values()):",
+            "for other in self.requests.values():",
         ),
         (
-            "                return None\n            if other.seq",
-            "                pass\n            if other.seq",
+            "                return None\n            is_other_kind",
+            "                pass\n            is_other_kind",
         ),
     ),
     _scheduler(
         "a small request overtakes",
         ("blocked = blocked or self._admit", "blocked = self._admit"),
     ),
-    _scheduler(
+    _memory(
         "idle sessions never give way",
-        ("if resident := self._residents.drop_coldest(self._foreground):", "if resident := None:"),
+        (
+            "if resident := self.residents.drop_coldest(roster.foreground, spared):",
+            "if resident := None:",
+        ),
     ),
-    _scheduler("nobody gives way", ("victim = self._victim(request)\n", "victim = None\n")),
-    _scheduler("preemption leaks", ("        self.pool.free(request.seq)\n", "")),
-    _scheduler(
+    _memory(
+        "nobody gives way",
+        ("if victim := roster.victim(request, is_pinned):", "if victim := None:"),
+    ),
+    _memory("preemption leaks", ("        self.residents.free(request.seq)\n", "")),
+    _memory(
         "preemption forgets the pending token",
         ("request.num_preemptions += 1", "request.num_pending_tokens = 0"),
     ),
-    _scheduler(
-        "preemption does not count down",
-        ("self._num_running -= 1\n        self.counters", "self.counters"),
-    ),
+    _memory("preemption does not count down", ("        self._roster.num_running -= 1\n", "")),
     _scheduler(
         "an ended request takes a late token",
-        ("if request.finish_reason is not None:\n                continue", "pass"),
+        ("row.end)\n                continue", "row.end)"),
     ),
     _scheduler(
         "rows of ended requests keep no place in the tokens",
@@ -76,6 +87,7 @@ MUTANTS = [
             "            token_id = next(sampled_ids) if row.is_sampled else None\n",
             "",
         ),
+        ("if token_id is None or token_id >= 0:", "if row:"),
         (
             "            if token_id is not None and token_id < 0:\n",
             "            token_id = next(sampled_ids) if row.is_sampled else None\n"
@@ -95,18 +107,21 @@ MUTANTS = [
     ),
     _scheduler(
         "a fork gets what is not computed",
-        ("num_tokens = min(num_tokens, parent.num_computed_tokens)", "num_tokens += 1"),
+        (
+            "parent.token_ids[: parent.num_computed_tokens]",
+            "parent.token_ids[: parent.num_computed_tokens + 1]",
+        ),
     ),
-    _scheduler(
+    _memory(
         "the copies of a newcomer are lost",
-        ("        batch.block_ops += ops\n        r", "        r"),
+        ("        ops += new_ops\n        return", "        return"),
     ),
-    _scheduler("the copies of a reply are lost", ("            batch.block_ops += ops\n", "")),
+    _scheduler("the copies of a reply are lost", ("batch.block_ops += ops", "pass")),
     _scheduler(
         "one token too many",
         (
-            "return num_tokens >= self._max_request_tokens",
-            "return num_tokens > self._max_request_tokens",
+            "return num_tokens >= self._limit(request.session_id)",
+            "return num_tokens > self._limit(request.session_id)",
         ),
     ),
     _scheduler(
@@ -114,9 +129,9 @@ MUTANTS = [
         ("if num_tokens >= limit:", "if num_tokens > limit:"),
     ),
     _scheduler("a launched step's tables are cut", ("if not self._launched:", "if True:")),
-    _scheduler(
+    _memory(
         "after a failed step sessions keep what it was to write",
-        ("while self._residents.drop_coldest(None):", "while False:"),
+        ("while self.residents.drop_coldest(None, set()):", "while False:"),
     ),
     _scheduler(
         "the stop token is missed", ("token_id in sampling.stop_token_ids and", "False and")
@@ -131,7 +146,7 @@ MUTANTS = [
     ),
     _residents(
         "another text is kept",
-        ("        self._pool.truncate(resident.seq, num_common)\n", ""),
+        ("        self._cut(resident.seq, num_common)\n", ""),
     ),
     _residents(
         "what is dropped leaks",
@@ -139,10 +154,13 @@ MUTANTS = [
     ),
     _residents(
         "taken from the cache, the old sequence leaks",
-        ("            self._pool.free(resident.seq)\n", ""),
+        (
+            "        if num_found > num_kept:\n            self.free(resident.seq)\n",
+            "        if num_found > num_kept:\n",
+        ),
     ),
     _residents(
         "what is trimmed claims its slots on",
-        ("self._pool.truncate(resident.seq, len(resident.token_ids))", "pass"),
+        ("self._cut(resident.seq, len(resident.token_ids))", "pass"),
     ),
 ]

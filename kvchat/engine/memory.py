@@ -1,0 +1,200 @@
+"""Blocks for those who run: where they come from when none is free, and who has to give way.
+
+Whoever needs a block takes it, in this order, from: the free queue (the prefix cache is its end),
+the ladder, the coldest idle session, the youngest running request behind it; pinned sessions give
+way last of all. A waiting request in the background only takes what is free, compressed or idle.
+What the ladder may do in one step is bounded: when that is used up and there is more to compress,
+nobody has to give way and whoever still needs a block waits for the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvchat.config import SchedulerConfig
+from kvchat.engine.counters import SchedulerCounters
+from kvchat.engine.history import History
+from kvchat.engine.request import Request
+from kvchat.engine.residents import Residents
+from kvchat.engine.roster import Roster
+from kvchat.kv.block_pool import BlockOp, BlockPool, CompressSpan, Sequence
+from kvchat.kv.ladder import Holder, Ladder, Warmth
+from kvchat.kv.layout import block_ids
+
+
+class Memory:
+    """What sessions hold in the pool. `ops` are the block operations of the step being made."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, roster: Roster, counters: SchedulerCounters
+    ) -> None:
+        self.pool = pool
+        self.history = History()
+        self._config, self._roster, self._counters = config, roster, counters
+        self._ladder = Ladder(config.kv, pool, self._holders)
+        self.residents = Residents(pool, self._ladder, counters)
+        self._entering: Holder | None = None  # of the request that `admit` is about
+
+    def begin_step(self, ops: list[BlockOp]) -> None:
+        """Give back what sessions gave up, and compress where that is due; all is launched."""
+        self.residents.settle()
+        self._ladder.begin_step()
+        while self._ladder.is_wanted and self._compress(ops):
+            pass
+
+    def touch(self, seq: Sequence) -> None:
+        """It has sealed blocks, or its session is no longer pinned."""
+        self._ladder.touch(seq)
+
+    def admit(self, request: Request, ops: list[BlockOp]) -> str:
+        """Give a waiting request its sequence, with slots for its tokens, or say what it lacks.
+
+        Where compression may make room for it on the way, it gets slots for a step at first.
+        """
+        session_id, token_ids = request.session_id, request.token_ids
+        seq = self.residents.take(session_id, token_ids, request.request_id)
+        num_computed = seq.num_tokens
+        num_slots = len(token_ids) - num_computed
+        if self._ladder.rungs:
+            num_slots = min(num_slots, self._config.max_num_batched_tokens)
+            self._enter(request, seq)
+        is_foreground = session_id == self._roster.foreground
+        is_given = is_foreground or self._make_room(request, seq, ops)
+        is_given = is_given and self.claim(request, seq, num_slots, ops) > 0
+        lack = "" if is_given else self.shortage
+        self._entering = None
+        if not is_given:
+            self.residents.keep(session_id, seq, token_ids[:num_computed], request.request_id)
+            return lack
+        request.seq, request.num_computed_tokens, request.wait_reason = seq, num_computed, ""
+        self._roster.num_running += 1
+        return ""
+
+    def claim(self, request: Request, seq: Sequence, num_tokens: int, ops: list[BlockOp]) -> int:
+        """Slots for num_tokens more, whoever has to give way, or for as many as there is room
+        for before that, when compression goes on; 0 when nobody has to."""
+        while (new_ops := self.pool.append(seq, num_tokens)) is None:
+            if self._compress(ops):
+                continue
+            if self._ladder.rungs and (num_fitting := self._claim_some(seq, num_tokens, ops)):
+                return num_fitting
+            if self._ladder.is_spent or not self._make_way(request):
+                return 0
+        ops += new_ops
+        return num_tokens
+
+    @property
+    def shortage(self) -> str:
+        """What somebody waits for whose claim has failed."""
+        return "memory, compressing" if self._ladder.is_spent else "memory"
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it computes again later what is not cached then."""
+        assert request.seq is not None, f"{request.request_id=} is not running"
+        self.residents.free(request.seq)
+        request.seq, request.num_computed_tokens = None, 0
+        request.num_preemptions += 1
+        self._roster.num_running -= 1
+        self._counters.num_preemptions += 1
+
+    def fail(self, ops: list[BlockOp]) -> None:
+        """These operations were not done, and their requests have ended: whoever else holds what
+        they were to write computes it again."""
+        lost = {op.dst for op in ops if isinstance(op, CompressSpan)}
+        for op in ops:
+            if isinstance(op, CompressSpan):
+                self.pool.distrust(op)
+        for request in self._roster.requests.values():
+            if request.seq is not None and not lost.isdisjoint(block_ids(request.seq.table)):
+                self.preempt(request)
+        while self.residents.drop_coldest(None, set()):
+            self._counters.num_drops += 1
+        self.residents.settle()
+
+    def _enter(self, request: Request, seq: Sequence) -> None:
+        """Let the ladder know the sequence before the request has it."""
+        is_foreground = request.session_id == self._roster.foreground
+        warmth = Warmth.FOREGROUND if is_foreground else Warmth.RUNNING
+        is_pinned = request.session_id in self._roster.pinned
+        self._entering = Holder(seq, warmth, is_pinned, request.session_id)
+        self._ladder.touch(seq)
+        self._ladder.refresh()
+
+    def _make_room(self, request: Request, seq: Sequence, ops: list[BlockOp]) -> bool:
+        """Compress until a background request's tokens fit into what is free or idle."""
+        while not self._has_room(request, seq):
+            if not self._compress(ops):
+                return False
+        return True
+
+    def _has_room(self, request: Request, seq: Sequence) -> bool:
+        roster = self._roster
+        num_needed = max(0, self._num_blocks(request) - seq.num_blocks)
+        # Each running request is left a block to grow into, else it would soon preempt this one.
+        num_needed += roster.num_running
+        if self._ladder.rungs:  # prompts are claimed as they are computed
+            num_needed += sum(
+                max(0, self._num_blocks(other) - other.seq.num_blocks)
+                for other in roster.requests.values()
+                if other.seq is not None and other.seq.num_tokens < len(other.token_ids)
+            )
+        spared = roster.pinned if roster.num_running else set[int]()
+        return num_needed <= self.pool.num_free + self.residents.num_blocks(spared)
+
+    def _num_blocks(self, request: Request) -> int:
+        """Blocks of the request's tokens when they are compressed as far as they may be."""
+        num_tokens, block_size = len(request.token_ids), self._config.block_size
+        if request.session_id in self._roster.pinned:
+            return -(-num_tokens // block_size)
+        return self._config.kv.num_blocks(num_tokens, block_size)
+
+    def _claim_some(self, seq: Sequence, num_tokens: int, ops: list[BlockOp]) -> int:
+        """As many slots as the free blocks give, fewer than num_tokens."""
+        block_size = self._config.block_size
+        num_room = len(seq.table) * block_size - seq.num_tokens
+        for num_slots in (num_room + self.pool.num_free * block_size, num_room):
+            new_ops = self.pool.append(seq, num_slots) if 0 < num_slots < num_tokens else None
+            if new_ops is not None:
+                ops += new_ops
+                return num_slots
+        return 0
+
+    def _make_way(self, request: Request) -> bool:
+        """Let one session give up its blocks, if there is one that has to."""
+        roster = self._roster
+        for is_pinned in (False, True):
+            if is_pinned and not roster.is_first(request):
+                break  # somebody before it will end
+            spared = set[int]() if is_pinned else roster.pinned
+            if resident := self.residents.drop_coldest(roster.foreground, spared):
+                # A waiting request's prefix is found again in every step: that is no loss.
+                self._counters.num_drops += resident.request_id is None
+                return True
+            if victim := roster.victim(request, is_pinned):
+                self.preempt(victim)
+                return True
+        return False
+
+    def _compress(self, ops: list[BlockOp]) -> bool:
+        compression = self._ladder.compress()
+        if compression is None:
+            return False
+        ops.append(compression.op)
+        self.history.note(compression)
+        return True
+
+    def _holders(self) -> Iterator[Holder]:
+        """All live sequences, coldest first."""
+        roster = self._roster
+        front = [self._entering] if self._entering else []
+        held = [(session_id, held.seq, Warmth.IDLE) for session_id, held in self.residents]
+        for session_id, request in reversed(roster.requests.items()):
+            if request.seq is not None:
+                held.append((session_id, request.seq, Warmth.RUNNING))
+        for session_id, seq, warmth in held:
+            is_pinned = session_id in roster.pinned
+            if session_id == roster.foreground:
+                front.append(Holder(seq, Warmth.FOREGROUND, is_pinned, session_id))
+            else:
+                yield Holder(seq, warmth, is_pinned, session_id)
+        yield from front

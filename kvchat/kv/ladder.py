@@ -1,0 +1,348 @@
+"""Which span is compressed next: the policy of the ladder. No tensors, no requests.
+
+A rung takes whole spans of one codec to a lower one. A span may be compressed when every sequence
+that holds it lets it go: it is sealed there, outside the sequence's sinks and window, and the
+sequence is not pinned. Within a rung the coldest sequences come first, in each the old positions
+before the new. A span that several share is as warm as the warmest of them. Nothing looks at all
+blocks: a sequence is looked at when something has happened to it (`touch`), from where the last
+look ended, and a shared span waits with the holder that keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from kvchat.config import KVPolicy
+from kvchat.kv.block_pool import BlockPool, CompressSpan, Sequence
+from kvchat.kv.layout import BLOCK_ID_BITS, SPAN_INDEX_BITS, Codec, block_ids
+
+_CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
+
+
+class Warmth(IntEnum):
+    """Who a sequence serves; the colder ones are compressed first."""
+
+    IDLE = 0
+    RUNNING = 1
+    FOREGROUND = 2
+
+
+class Holder(NamedTuple):
+    """A live sequence, with what the ladder must know of its session."""
+
+    seq: Sequence
+    warmth: Warmth
+    is_pinned: bool
+    session_id: int
+
+
+class Span(NamedTuple):
+    """What may be compressed now: the entries from `start`, as all of `holders` have them."""
+
+    holders: list[Sequence]
+    start: int
+    codec: Codec
+
+
+class Compression(NamedTuple):
+    """A span that was compressed, and the sessions that held it."""
+
+    op: CompressSpan
+    session_ids: list[int]
+    start: int  # position
+    end: int
+
+
+@dataclass(slots=True)
+class _Order:
+    """All holders, coldest first, as they are in one step."""
+
+    holders: list[Holder]
+    by_seq: dict[Sequence, Holder] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_seq = {holder.seq: holder for holder in self.holders}
+
+    def who_names(self, entry: int, start: int) -> Sequence | None:
+        """Some sequence whose table has this entry there."""
+        for seq in self.by_seq:
+            if start < len(seq.table) and seq.table[start] == entry:
+                return seq
+        return None
+
+
+class Ladder:
+    """`read_holders` gives all live sequences, coldest first: asked once a step, or `refresh`."""
+
+    def __init__(
+        self, policy: KVPolicy, pool: BlockPool, read_holders: Callable[[], Iterable[Holder]]
+    ) -> None:
+        self._policy, self._pool, self._read_holders = policy, pool, read_holders
+        self.rungs = [_Rung(policy, pool, Codec(src), Codec(to)) for src, to in policy.rungs]
+        self._order: _Order | None = None
+        self._num_tokens_left = 0  # of this step's slice
+        self._low_blocks = int(policy.low_share * pool.num_usable)
+        self._high_blocks = int(policy.high_share * pool.num_usable)
+        self._is_refilling = False
+
+    def begin_step(self) -> None:
+        """A new slice."""
+        self._num_tokens_left = self._policy.slice_tokens
+        self._order = None
+
+    def refresh(self) -> None:
+        """Sequences have come, or serve others than before."""
+        self._order = None
+
+    def touch(self, seq: Sequence) -> None:
+        """A sequence is new, has sealed blocks, or its session is no longer pinned."""
+        for rung in self.rungs:
+            rung.touch(seq)
+
+    def forget(self, seq: Sequence) -> None:
+        """A sequence was freed, or cut: `touch` it then."""
+        for rung in self.rungs:
+            rung.forget(seq)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Compress, though nobody waits for it: there is too little room, or the mode says so."""
+        if not self.rungs:
+            return False
+        if self._policy.is_eager:
+            return True
+        num_free = self._pool.num_free
+        self._is_refilling = num_free < (
+            self._high_blocks if self._is_refilling else self._low_blocks
+        )
+        return self._is_refilling
+
+    @property
+    def is_spent(self) -> bool:
+        """More could be compressed, but not in this step."""
+        span = self._find()
+        return span is not None and not self._has_budget(span)
+
+    def compress(self) -> Compression | None:
+        """Compress the next span; None when there is none, when this step's slice is used up, or
+        when not even the reserve has a block."""
+        span = self._find()
+        if span is None or not self._has_budget(span):
+            return None
+        assert self._order is not None
+        entry = span.holders[0].table[span.start]
+        op = self._pool.compress(span.holders, span.start, span.codec)
+        if op is None:
+            return None
+        num_entries = self._pool.span_blocks[span.codec]
+        block_size = self._pool.block_size
+        self._num_tokens_left -= num_entries * block_size
+        for rung in self.rungs:
+            rung.note(span, entry)
+        session_ids = [self._order.by_seq[seq].session_id for seq in span.holders]
+        first = span.start * block_size
+        return Compression(op, session_ids, first, first + num_entries * block_size)
+
+    def _find(self) -> Span | None:
+        """What is compressed next."""
+        if not any(rung.has_work for rung in self.rungs):
+            return None
+        if self._order is None:
+            self._order = _Order(list(self._read_holders()))
+        for rung in self.rungs:
+            if (span := rung.find(self._order)) is not None:
+                return span
+        return None
+
+    def _has_budget(self, span: Span) -> bool:
+        policy = self._policy
+        num_tokens = self._pool.span_blocks[span.codec] * self._pool.block_size
+        is_first = self._num_tokens_left == policy.slice_tokens
+        return policy.is_eager or is_first or self._num_tokens_left >= num_tokens
+
+
+class _Torn(NamedTuple):
+    """A span that `seq` holds and `other` only in part, or has not sealed. What they had when that
+    was seen: entries, and whether it was sealed there."""
+
+    start: int
+    seqs: tuple[Sequence, ...]
+    states: tuple[tuple[list[int], bool], ...]
+
+
+class _Rung:
+    """From one codec to another: what of each sequence has been looked at."""
+
+    def __init__(self, policy: KVPolicy, pool: BlockPool, src: Codec, codec: Codec) -> None:
+        self._policy, self._pool, self._src, self._codec = policy, pool, src, codec
+        self._num_entries = pool.span_blocks[codec]
+        self._src_entries = pool.span_blocks[src]
+        self._fresh: dict[Sequence, None] = {}  # may have something to compress
+        self._cursors: dict[Sequence, int] = {}  # below, all is compressed or waits in _waiting
+        # Shared spans: by the holder that keeps it, {first entry's value: its place in the table}.
+        self._waiting: dict[Sequence, dict[int, int]] = {}
+        self._keepers: dict[int, Sequence] = {}  # the same, by first entry
+        self._torn: dict[int, _Torn] = {}  # by first entry
+        self._orphans: dict[int, int] = {}  # {first entry: place}: the keeper is gone
+        self._order: _Order | None = None  # the last one seen
+        self._place = 0  # in it: nobody before is fresh
+
+    @property
+    def has_work(self) -> bool:
+        """There may be something to compress."""
+        self._mend()
+        return bool(self._fresh or self._orphans)
+
+    def touch(self, seq: Sequence) -> None:
+        """Look at it again."""
+        self._fresh[seq] = None
+        self._place = 0
+
+    def forget(self, seq: Sequence) -> None:
+        """It has other entries now, or none."""
+        self._fresh.pop(seq, None)
+        self._cursors.pop(seq, None)
+        for entry, start in self._waiting.pop(seq, {}).items():
+            del self._keepers[entry]
+            self._orphans[entry] = start
+
+    def note(self, span: Span, entry: int) -> None:
+        """A span whose table began with `entry` there has been compressed."""
+        self._release(entry)
+        if span.codec == self._src:  # it may now go down this rung
+            start = span.start - span.start % self._num_entries
+            for seq in span.holders:
+                if seq in self._cursors:
+                    self._cursors[seq] = min(self._cursors[seq], start)
+                self.touch(seq)
+
+    def find(self, order: _Order) -> Span | None:
+        """The coldest span that may be compressed."""
+        if order is not self._order:
+            self._order, self._place = order, 0
+        self._adopt(order)
+        while self._fresh and self._place < len(order.holders):
+            holder = order.holders[self._place]
+            if holder.seq in self._fresh:
+                if (span := self._look_at(holder, order)) is not None:
+                    return span
+                del self._fresh[holder.seq]
+            self._place += 1
+            self._adopt(order)
+        return None
+
+    def _mend(self) -> None:
+        """Spans that are torn no longer belong to nobody for now."""
+        for entry, torn in [*self._torn.items()]:
+            if self._states(torn.seqs, torn.start) != torn.states:
+                del self._torn[entry]
+                self._orphans[entry] = torn.start
+
+    def _adopt(self, order: _Order) -> None:
+        """Let spans whose keeper is gone wait with another holder, who is looked at next."""
+        self._mend()
+        for entry, start in self._orphans.items():
+            if entry not in self._keepers and (seq := order.who_names(entry, start)) is not None:
+                self._wait(seq, entry, start)
+                self.touch(seq)
+        self._orphans.clear()
+
+    def _look_at(self, holder: Holder, order: _Order) -> Span | None:
+        """The holder's first span that may be compressed."""
+        if holder.is_pinned:
+            return None
+        seq, num_entries = holder.seq, self._num_entries
+        first, end = self._eligible(seq)
+        for entry, start in [*self._waiting.get(seq, {}).items()]:
+            if start + num_entries > end and seq.table[start] == entry:
+                continue
+            if (span := self._try(holder, entry, start, order)) is not None:
+                return span
+        span, cursor = None, self._cursors.get(seq, first)
+        while span is None and cursor + num_entries <= end:
+            entry = seq.table[cursor]
+            if not self._is_source(seq.table, cursor):
+                pass
+            elif self._is_exclusive(seq, cursor):
+                span = Span([seq], cursor, self._codec)
+            elif entry not in self._keepers and entry not in self._torn:
+                span = self._try(holder, entry, cursor, order)
+            cursor += num_entries if span is None else 0
+        self._cursors[seq] = cursor
+        return span
+
+    def _try(self, holder: Holder, entry: int, start: int, order: _Order) -> Span | None:
+        """A shared span, if nobody keeps it; else it waits with whoever does."""
+        self._release(entry)
+        seq, end = holder.seq, start + self._num_entries
+        if start >= len(seq.table) or seq.table[start] != entry:
+            self._orphans[entry] = start
+            return None
+        if not self._is_source(seq.table, start):
+            return None
+        holders = self._pool.holders(seq, start, self._num_entries, order.by_seq)
+        if holders is None:
+            self._tear(seq, entry, start, order)
+            return None
+        for other in holders:
+            record = order.by_seq[other]
+            if record.is_pinned or self._eligible(other)[1] < end:
+                self._wait(other, entry, start)
+                return None
+        warmest = max(holders, key=lambda other: order.by_seq[other].warmth)
+        if order.by_seq[warmest].warmth > holder.warmth:
+            self._wait(warmest, entry, start)
+            self._fresh[warmest] = None  # it comes later in the order
+            return None
+        self._wait(seq, entry, start)  # until it is compressed
+        return Span(holders, start, self._codec)
+
+    def _eligible(self, seq: Sequence) -> tuple[int, int]:
+        """The entries [start, end) of whole spans that this holder alone would let go. What is
+        sealed was computed before this step: its own tokens do not move the window yet."""
+        block_size = self._pool.block_size
+        num_tokens = seq.num_sealed * block_size
+        start, end = self._policy.compressible(num_tokens, self._codec, block_size)
+        return start // block_size, end // block_size
+
+    def _is_source(self, table: list[int], start: int) -> bool:
+        """All of the span is of this rung's source codec."""
+        if table[start] >> _CODEC_SHIFT != self._src:
+            return False
+        span = table[start : start + self._num_entries : self._src_entries]
+        return all(entry >> _CODEC_SHIFT == self._src for entry in span)
+
+    def _is_exclusive(self, seq: Sequence, start: int) -> bool:
+        ids = block_ids(seq.table[start : start + self._num_entries])
+        return all(self._pool.ref_count(block_id) == 1 for block_id in ids)
+
+    def _wait(self, seq: Sequence, entry: int, start: int) -> None:
+        self._waiting.setdefault(seq, {})[entry] = start
+        self._keepers[entry] = seq
+
+    def _release(self, entry: int) -> None:
+        """It waits with nobody."""
+        if (keeper := self._keepers.pop(entry, None)) is not None:
+            del self._waiting[keeper][entry]
+        self._torn.pop(entry, None)
+
+    def _tear(self, seq: Sequence, entry: int, start: int, order: _Order) -> None:
+        """Remember who else holds the span in part: it waits until one of the two changes."""
+        end = start + self._num_entries
+        span = seq.table[start:end]
+        ids = {*block_ids(span)}
+        seqs = [seq]
+        for other in order.by_seq:
+            part = other.table[start:end]
+            is_whole = part == span and other.num_sealed >= end
+            if not is_whole and not ids.isdisjoint(block_ids(part)):
+                seqs.append(other)
+                break
+        self._torn[entry] = _Torn(start, tuple(seqs), self._states(seqs, start))
+
+    def _states(self, seqs: Iterable[Sequence], start: int) -> tuple[tuple[list[int], bool], ...]:
+        end = start + self._num_entries
+        return tuple((seq.table[start:end], seq.num_sealed >= end) for seq in seqs)
