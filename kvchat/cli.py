@@ -107,6 +107,33 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
             runtime.close()
 
 
+@cli.command(short_help="Measure what compressed KV costs a model.")
+@click.argument("model", required=False)
+@click.option("--text", type=click.Path(path_type=Path), help="Plain text, or .jsonl of chats.")
+@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
+)
+@click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
+@click.option("--kv-window", "window", type=click.IntRange(0), default=128, show_default=True)
+@click.option("--kv-sink", "sink", type=click.IntRange(0), default=64, show_default=True)
+@click.option("--texts", "num_texts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--tokens", "num_tokens", type=click.IntRange(256), default=1024, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@click.pass_obj
+def probe(show: Show, model: str | None, as_json: bool, **flags: Any) -> None:  # noqa: ANN401
+    """Score a text through the pool, compressed and not, and remember which codecs MODEL stands.
+
+    Without --text the model writes it. What fails is not used by --kv-cache auto and auto4.
+    """
+    from kvchat.bench.probing import ProbeOptions, report_json, report_lines, run_probe
+
+    flags["block_size"] = int(flags["block_size"])
+    report = run_probe(ProbeOptions(model or _shipped_model(), **flags), show.progress)
+    text = report_json(report) if as_json else "\n".join(report_lines(report))
+    show.answer(text + "\n", is_last=True)
+
+
 @cli.group(no_args_is_help=False)
 def bench() -> None:
     """Measure kvchat on this machine."""
