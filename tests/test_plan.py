@@ -14,6 +14,7 @@ from tiny_model import write_tiny_model
 from kvchat.bench import plan
 from kvchat.bench.shapes import SHAPES, find_shape
 from kvchat.cli import run_cli
+from kvchat.config import KVPolicy, SchedulerConfig
 from kvchat.errors import UsageError
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
@@ -82,25 +83,19 @@ def test_the_textbook_example_comes_out_and_is_completed():
 
 
 @pytest.mark.parametrize("mode", list(Codec))
-def test_session_blocks_is_the_most_a_session_holds_on_its_way(mode):
-    """Counted token by token, compressing each span when the window has left it."""
-    ask = plan.Ask(1, 1, 0, mode)
-    layout = plan.layout_of(find_shape("llama3-8b"), ask)
-    span, block_size = layout.span_tokens(mode), ask.block_size
-    most, is_compressed = 0, set()
-    for length in range(1, 1001):
-        for start in range(0, length, span):
-            outside = start >= plan.SINK_TOKENS and start + span <= length - plan.WINDOW_TOKENS
-            if outside and mode != Codec.NATIVE:
-                is_compressed.add(start)
-        native = {
-            position // block_size
-            for position in range(length)
-            if position // span * span not in is_compressed
-        }
-        most = max(most, len(native) + len(is_compressed))
+@pytest.mark.parametrize("context", [1, 16, 17, 255, 256, 1000, 4096])
+def test_a_pool_of_the_plan_serves_what_was_asked_and_one_block_less_does_not(mode, context):
+    """The scheduler's own limit says so, for one session and nothing in flight."""
+    layout = plan.layout_of(find_shape("llama3-8b"), plan.Ask(1, 1, 0, mode))
+    policy = KVPolicy(mode.name.lower(), span_blocks=layout.span_blocks, num_reserved=4)
+    num_blocks = plan.session_blocks(layout, mode, context)
 
-        assert plan.session_blocks(layout, mode, length) == most, length
+    def longest(num_request_blocks):
+        config = SchedulerConfig(num_request_blocks + 1 + 4, 16, 8192, kv=policy)
+        return config.max_request_tokens
+
+    assert longest(num_blocks) >= context
+    assert num_blocks == 1 or longest(num_blocks - 1) < context
 
 
 def test_weights_of_a_model_are_those_of_its_header_in_the_dtype_that_runs(tmp_path):
@@ -267,11 +262,11 @@ def test_weights_of_another_model_are_refused_as_run_refuses_them(tmp_path):
 
 def test_a_shape_answers_at_once_and_without_torch():
     script = (
-        "import sys, io, time; started = time.perf_counter()\n"
+        "import sys, io, time; started = time.process_time()\n"
         "from kvchat.cli import run_cli; from kvchat.terminal.show import Show\n"
         "code = run_cli(['plan', '--shape', 'llama3-8b'], Show(io.StringIO(), sys.stderr))\n"
         "heavy = [m for m in ('torch', 'numpy', 'numba', 'cupy') if m in sys.modules]\n"
-        "print(code, heavy, time.perf_counter() - started)\n"
+        "print(code, heavy, time.process_time() - started)\n"
     )
 
     found = [

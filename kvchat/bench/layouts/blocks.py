@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from kvchat.bench.layouts import WORD_BYTES, Words
 from kvchat.bench.layouts.heap import Heap
+from kvchat.config import KVPolicy
 from kvchat.kv.block_pool import BlockPool, CompressSpan, Sequence
 from kvchat.kv.layout import BlockLayout, Codec, block_ids
 
 _STEP_TOKENS = 512  # a longer prompt comes in steps, and spans are compressed between them
-_SINK_TOKENS, _WINDOW_TOKENS = 64, 128
 _NUM_RESERVED = 2  # blocks that serve only compression
 
 
@@ -93,7 +93,7 @@ class _Paged:
     seq: Sequence
     token_ids: list[int]
     num_tokens: int  # of whole appends
-    next_span: int  # where the first position lies that may still be compressed
+    next_span: int = 0  # where the next position lies that may be compressed; 0: not begun
 
 
 class PagedLayout:
@@ -112,6 +112,7 @@ class PagedLayout:
         num_blocks = num_bytes // layout.bytes_per_block
         self._codec, self._block_size = codec, spec.block_size
         self._span = layout.span_tokens(codec)
+        self._policy = KVPolicy(codec.name.lower(), span_blocks=layout.span_blocks)
         self._pool = BlockPool(
             num_blocks,
             spec.block_size,
@@ -137,8 +138,7 @@ class PagedLayout:
 
     def open(self, chat_id: int, words: Words) -> bool:
         token_ids = [chat_id, *self._numbers[1:]]  # no two chats have a prefix in common
-        first = -(-_SINK_TOKENS // self._span) * self._span
-        self._chats[chat_id] = _Paged(self._pool.alloc(token_ids[:1]), token_ids, 0, first)
+        self._chats[chat_id] = _Paged(self._pool.alloc(token_ids[:1]), token_ids, 0)
         if self.append(chat_id, words):
             return True
         self.close(chat_id)
@@ -195,16 +195,18 @@ class PagedLayout:
 
     def _compress(self, chat: _Paged) -> None:
         """Compress what has left the window; what finds no block is left for the next time."""
-        seq, end = chat.seq, chat.next_span + self._span
-        if end + _WINDOW_TOKENS > seq.num_tokens:
+        seq = chat.seq
+        start, end = self._policy.compressible(seq.num_tokens, self._codec, self._block_size)
+        start = max(start, chat.next_span)
+        if start >= end:
             return
         self._pool.seal(seq, chat.token_ids, seq.num_tokens)
-        while end + _WINDOW_TOKENS <= seq.num_tokens:
-            op = self._pool.compress([seq], chat.next_span // self._block_size, self._codec)
+        for at in range(start, end, self._span):
+            op = self._pool.compress([seq], at // self._block_size, self._codec)
             if op is None:
                 return
             self._encode(op)
-            chat.next_span, end = end, end + self._span
+            chat.next_span = at + self._span
 
     def _encode(self, op: CompressSpan) -> None:
         words = self._words[list(op.srcs)].reshape(-1)
