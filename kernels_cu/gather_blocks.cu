@@ -19,8 +19,8 @@ __device__ __forceinline__ void copy_rows(scalar_t* out, const u8* part, int num
 
 #if MAX_CODEC >= 1
 // values: [BLOCK_SIZE, HEAD_DIM] floats of the rows from `first` on.
-__device__ __forceinline__ void decode_int8(float* values, const u8* part, const u8* side, int first,
-                                            bool is_v) {
+__device__ __forceinline__ void decode_int8(float* values, const u8* part, const u8* side,
+                                            int first, bool is_v) {
     const u8* codes = part + first * HEAD_DIM;
     const u8* scales = side + (is_v ? INT8_V_SCALES : 0) + 2 * first;
     for (int i = 8 * threadIdx.x; i < NUM_VALUES; i += 8 * NUM_THREADS) {
@@ -104,7 +104,8 @@ extern "C" __global__ void __launch_bounds__(128) gather_blocks_kernel(
     bool is_v = blockIdx.z == 1;
     int position = blockIdx.x * BLOCK_SIZE;
     int num_rows = min(BLOCK_SIZE, num_tokens - position);
-    scalar_t* to = out + (((long long)blockIdx.z * gridDim.y + head) * num_tokens + position) * HEAD_DIM;
+    long long row = ((long long)blockIdx.z * gridDim.y + head) * num_tokens + position;
+    scalar_t* to = out + row * HEAD_DIM;
     const u8* part = payload + entry_block(entry) * payload_stride +
                      part_offset(0, is_v, head, gridDim.y);
     if (entry_codec(entry) == NATIVE) return copy_rows(to, part, num_rows);

@@ -13,7 +13,7 @@
 //   argument `x_stride` (long long, elements); otherwise it must be contiguous.
 //   Static shared memory: __shared__ arrays of plain types; dynamic: DYNAMIC_SHARED(type, name).
 //   16-byte accesses go through load16/store16, which the emulator checks for alignment.
-//   Nothing is contracted to fused multiply-adds (as on the emulator): write fmaf where one is meant.
+//   Nothing is contracted to fused multiply-adds, here and on the emulator: write fmaf for one.
 //   Stay convergent: mma, ldmatrix, movmatrix and shuffles need all 32 lanes.
 // How a test launches one, on the emulator: tests/emulator.py
 //     kernel = emulated("name", HEAD_DIM=64, SCALAR_BF16=0)     (-DARCH: 800, or ARCH=750)
@@ -111,7 +111,9 @@ __device__ __forceinline__ float to_float(half_t x) {
 #endif
 }
 
-__device__ __forceinline__ float to_float(bfloat16_t x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(bfloat16_t x) {
+    return __uint_as_float(u32(x.bits) << 16);
+}
 
 template <class T> __device__ T from_float(float x);
 

@@ -1,10 +1,10 @@
 // RoPE on q and k, the slot write of k and v, and q in the forms that decoding needs.
 //
-// A warp takes HEADS heads of one token at a time, of q, k and v alike; a lane two vectors of VEC
-// channels, one in each half of the head, which RoPE turns together. float32 inside, k rounded once.
+// A warp takes HEADS heads of one token, of q, k and v alike; a lane two vectors of VEC channels,
+// one in each half of the head, which RoPE turns together. float32 inside, k rounded once.
 // The rotated q for INT8 keys (rotate() of kv/codecs.py) comes from the unrounded q and is always
 // fp16: codes meet it in fp16 products, and bf16's 8 bits would cost more than the codes do.
-// Shared memory: HEADS rows of floats a warp. Called once a layer.
+// block: 128 threads. Static shared memory: HEADS rows of floats a warp. Called once a layer.
 #include "ptx.cuh"
 #include "block_codec.cuh"
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ void rope(float (&low)[VEC], float (&high)[VEC], cons
     }
 }
 
-// rows: HEADS rows in shared memory, this lane's two vectors of row `head`; all lanes come here.
+// rotate() of HEADS rows in shared memory; the whole warp comes here.
 __device__ __forceinline__ void rotate_rows(float* rows, const float* signs) {
     int lane = threadIdx.x % 32;
     __syncwarp();

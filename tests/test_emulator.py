@@ -205,13 +205,16 @@ FAULTS = {
     33: "misaligned cp.async of 16 bytes",
     40: "data race with a write",
     41: "divergence: lane 0 waits in __shfl_sync .* for lane 16, which is in __shfl_xor_sync",
+    50: "two blocks write there .write of 4 bytes at byte 0 of an argument",
+    51: "read of what another block wrote with no __threadfence after it",
+    54: "data race with a write .read of 4 bytes .* of an argument, by thread",
 }
 
 
 def run_faults(fault):
     kernel = emulated("faults", folder=ROOT / "tests" / "kernels")
     out = torch.full((64,), float("nan"))
-    kernel((1,), (64,), [out, torch.arange(64.0), fault], 256)
+    kernel((2,), (64,), [out, torch.arange(64.0), fault], 256)
     return out
 
 
@@ -223,7 +226,7 @@ def test_a_fault_is_found(fault):
     assert "faults.cu:" in str(caught.value)
 
 
-def test_what_is_ordered_by_barriers_and_atomics_is_no_fault():
-    out = run_faults(0)
-
-    assert torch.equal(out, ((63 - torch.arange(64)) ^ 1).float() + 64)
+def test_what_is_ordered_by_barriers_fences_and_atomics_is_no_fault():
+    assert torch.equal(run_faults(0), ((63 - torch.arange(64)) ^ 1).float() + 64)
+    assert torch.equal(run_faults(52), torch.arange(64.0))
+    assert run_faults(53)[6] == 0.0

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <sys/mman.h>
 
+#include <memory>
 #include <vector>
 
 #include "fiber.h"
@@ -52,7 +53,7 @@ struct Thread {
 
 struct Array {
     uintptr_t base, num_bytes;
-    bool is_writable;
+    std::unique_ptr<Shadow> shadow;  // null: a const argument
 };
 
 Thread threads[MAX_THREADS];
@@ -62,7 +63,7 @@ int current, num_threads, num_at_barrier, barrier_sum, num_exited;
 std::vector<Array> arrays;
 size_t last_array;
 std::vector<char> dynamic_memory;
-Shadow dynamic_shadow, static_shadow;
+Shadow dynamic_shadow(false), static_shadow(false);
 Clock clock_now;  // its epoch goes on from block to block
 char message[2048], details[256];
 bool has_failed;
@@ -121,8 +122,8 @@ const char* place_name(const Thread& thread) {
                             peer.mask == thread.mask;
             if (is_there) continue;
             now.thread_idx = thread.idx;
-            stop(thread.pc, "divergence: lane %d waits in %s (mask %08x) for lane %d, which is %s%s",
-                 idx % 32, OP_NAMES[thread.op], thread.mask, other % 32,
+            stop(thread.pc, "divergence: lane %d waits in %s (mask %08x) for lane %d, which is "
+                 "%s%s", idx % 32, OP_NAMES[thread.op], thread.mask, other % 32,
                  peer.state == State::IN_WARP_OP ? "in " : "", place_name(peer));
         }
     }
@@ -155,12 +156,14 @@ Access access_now(bool is_write, bool is_atomic) {
     return {clock_now.epoch, clock_now.warp_time[current], current, is_write, is_atomic};
 }
 
-void check_shared(Shadow& shadow, size_t offset, int num_bytes, const Access& access,
-                  const void* pc) {
+void check_order(Shadow& shadow, size_t offset, int num_bytes, const Access& access,
+                 const void* pc) {
     Conflict conflict = shadow.note(offset, num_bytes, access, clock_now);
     if (!conflict.text) return;
-    const char* which = &shadow == &dynamic_shadow ? "dynamic" : "static";
-    int used = snprintf(details, sizeof details, "%s of %d bytes at byte %zu of %s shared memory",
+    const char* which = &shadow == &dynamic_shadow  ? "dynamic shared memory"
+                        : &shadow == &static_shadow ? "static shared memory"
+                                                    : "an argument";
+    int used = snprintf(details, sizeof details, "%s of %d bytes at byte %zu of %s",
                         access.is_write ? "write" : "read", num_bytes, offset, which);
     if (conflict.other >= 0) {
         snprintf(details + used, sizeof details - used, ", by thread %d of the block",
@@ -174,15 +177,17 @@ bool is_module(uintptr_t address) {
            address < reinterpret_cast<uintptr_t>(&_end);
 }
 
-void check_global(uintptr_t address, int num_bytes, bool is_write, const void* pc) {
+void check_global(uintptr_t address, int num_bytes, const Access& access, const void* pc) {
+    bool is_write = access.is_write;
     for (size_t tried = 0; tried < arrays.size(); ++tried) {
         size_t idx = (last_array + tried) % arrays.size();
         const Array& array = arrays[idx];
         if (address - array.base >= array.num_bytes) continue;
         if (address + num_bytes > array.base + array.num_bytes) break;
         last_array = idx;
-        if (is_write && !array.is_writable) stop(pc, "write to a const argument");
+        if (is_write && !array.shadow) stop(pc, "write to a const argument");
         counts[is_write] += num_bytes;
+        if (array.shadow) check_order(*array.shadow, address - array.base, num_bytes, access, pc);
         return;
     }
     if (is_module(address)) return;
@@ -207,11 +212,11 @@ void check(const void* pointer, int num_bytes, bool is_write, bool is_atomic, co
     long offset = offset_in(address, dynamic_memory.data(), dynamic_shadow.size());
     if (offset >= 0) {
         if (offset + num_bytes > long(dynamic_shadow.size())) stop(pc, "beyond shared memory");
-        return check_shared(dynamic_shadow, offset, num_bytes, access, pc);
+        return check_order(dynamic_shadow, offset, num_bytes, access, pc);
     }
     offset = offset_in(address, &__start_emulated_shared, static_shadow.size());
-    if (offset >= 0) return check_shared(static_shadow, offset, num_bytes, access, pc);
-    check_global(address, num_bytes, is_write, pc);
+    if (offset >= 0) return check_order(static_shadow, offset, num_bytes, access, pc);
+    check_global(address, num_bytes, access, pc);
 }
 
 // The shadow and the offset of a shared address; stops when it is not one.
@@ -240,6 +245,7 @@ void release_barrier() {
 void start_block() {
     ++clock_now.epoch;
     clock_now.block_start = clock_now.epoch;
+    clock_now.block_starts.push_back(clock_now.epoch);
     num_at_barrier = num_exited = barrier_sum = current = 0;
     for (Thread& thread : threads) thread.state = State::EXITED;  // lanes that do not exist, too
     memset(dynamic_memory.data(), 0xff, dynamic_memory.size());
@@ -284,7 +290,9 @@ void* dynamic_shared() { return dynamic_memory.data(); }
 void collective(Op op, unsigned mask, Operands& operands) {
     Thread& thread = threads[current];
     thread.pc = __builtin_return_address(0);
-    if (!(mask >> lane() & 1)) stop(thread.pc, "%s by a lane that its mask leaves out", OP_NAMES[op]);
+    if (!(mask >> lane() & 1)) {
+        stop(thread.pc, "%s by a lane that its mask leaves out", OP_NAMES[op]);
+    }
     thread.op = op;
     thread.mask = mask;
     thread.operands = &operands;
@@ -309,7 +317,7 @@ void collective(Op op, unsigned mask, Operands& operands) {
             if (offset % 16) stop(thread.pc, "ldmatrix of a misaligned row (lane %d)", idx);
             Access access = access_now(false, false);
             access.thread = first + idx;
-            check_shared(shadow, offset, 16, access, thread.pc);
+            check_order(shadow, offset, 16, access, thread.pc);
         }
         if (op == SYNC_WARP && is_whole) ++clock_now.warp_time[first + idx];
     }
@@ -340,8 +348,10 @@ void cp_async(void* dst, const void* src, int num_bytes, int src_bytes) {
     Shadow& shadow = shared_at(dst, num_bytes, offset, pc);
     uintptr_t bits = offset | (src_bytes ? reinterpret_cast<uintptr_t>(src) : 0);
     if (bits & (num_bytes - 1)) stop(pc, "misaligned cp.async of %d bytes", num_bytes);
-    if (src_bytes) check_global(reinterpret_cast<uintptr_t>(src), src_bytes, false, pc);
-    check_shared(shadow, offset, num_bytes, access_now(true, false), pc);
+    if (src_bytes) {
+        check_global(reinterpret_cast<uintptr_t>(src), src_bytes, access_now(false, false), pc);
+    }
+    check_order(shadow, offset, num_bytes, access_now(true, false), pc);
     shadow.set_pending(offset, num_bytes, true);
     memset(dst, 0xff, num_bytes);
     Thread& thread = threads[current];
@@ -369,7 +379,7 @@ void cp_async_wait(int num_pending) {
     thread.copies.swap(left);
 }
 
-void fence() {}
+void fence() { clock_now.fences.insert({clock_now.epoch, current}); }
 
 int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, const int* shape) {
     now.grid_dim = {unsigned(shape[0]), unsigned(shape[1]), unsigned(shape[2])};
@@ -390,8 +400,10 @@ int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, cons
     kernel_args = args;
     // 16 bytes more, so that the end of one array is not the start of another
     dynamic_memory.resize(shape[6] + 16);
-    dynamic_shadow.resize(shape[6]);
-    static_shadow.resize(&__stop_emulated_shared - &__start_emulated_shared);
+    dynamic_shadow.reset(shape[6]);
+    static_shadow.reset(&__stop_emulated_shared - &__start_emulated_shared);
+    clock_now.block_starts.clear();
+    clock_now.fences.clear();
     int num_blocks = shape[0] * shape[1] * shape[2];
     for (int count = 0; count < num_blocks && !has_failed; ++count) {
         int idx = block_order ? num_blocks - 1 - count : count;
@@ -406,7 +418,10 @@ extern "C" {
 
 // Memory that the next launch may touch; called once per pointer argument.
 void emulator_add_array(void* base, unsigned long long num_bytes, int is_writable) {
-    arrays.push_back({reinterpret_cast<uintptr_t>(base), num_bytes, is_writable != 0});
+    arrays.push_back({reinterpret_cast<uintptr_t>(base), num_bytes, nullptr});
+    if (!is_writable) return;
+    arrays.back().shadow = std::make_unique<Shadow>(true);
+    arrays.back().shadow->reset(num_bytes);
 }
 void emulator_reset() {
     arrays.clear();
@@ -418,21 +433,18 @@ void emulator_set_order(int order) { block_order = order; }
 const char* emulator_error() { return message; }
 const long long* emulator_counts() { return counts; }
 
-#define HOOKS(bytes)                                                                       \
-    void __tsan_read##bytes(void* p) { check(p, bytes, false, false, __builtin_return_address(0)); } \
-    void __tsan_write##bytes(void* p) { check(p, bytes, true, false, __builtin_return_address(0)); } \
-    void __tsan_unaligned_read##bytes(void* p) {                                           \
-        check(p, bytes, false, false, __builtin_return_address(0), false);                 \
-    }                                                                                      \
-    void __tsan_unaligned_write##bytes(void* p) {                                          \
-        check(p, bytes, true, false, __builtin_return_address(0), false);                  \
-    }                                                                                      \
-    void __tsan_volatile_read##bytes(void* p) {                                            \
-        check(p, bytes, false, true, __builtin_return_address(0));                         \
-    }                                                                                      \
-    void __tsan_volatile_write##bytes(void* p) {                                           \
-        check(p, bytes, true, true, __builtin_return_address(0));                          \
+// What the compiler calls before each access: (address), by kind and size.
+#define HOOK(name, is_write, is_atomic, bytes, is_aligned)                                  \
+    void __tsan_##name(void* p) {                                                           \
+        check(p, bytes, is_write, is_atomic, __builtin_return_address(0), is_aligned);      \
     }
+#define HOOKS(bytes)                                     \
+    HOOK(read##bytes, false, false, bytes, true)         \
+    HOOK(write##bytes, true, false, bytes, true)         \
+    HOOK(unaligned_read##bytes, false, false, bytes, false) \
+    HOOK(unaligned_write##bytes, true, false, bytes, false) \
+    HOOK(volatile_read##bytes, false, true, bytes, true) \
+    HOOK(volatile_write##bytes, true, true, bytes, true)
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)

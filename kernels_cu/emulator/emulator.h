@@ -39,7 +39,8 @@ extern ThreadState now;  // of the fiber that runs
 enum Op : int {
     SYNC_WARP, SHUFFLE_IDX, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, VOTE_BALLOT,
     MMA_16X8X16_F16, MMA_16X8X16_BF16, MMA_16X8X8_F16,
-    LDMATRIX_X1, LDMATRIX_X2, LDMATRIX_X4, LDMATRIX_X1_TRANS, LDMATRIX_X2_TRANS, LDMATRIX_X4_TRANS,
+    LDMATRIX_X1, LDMATRIX_X2, LDMATRIX_X4,
+    LDMATRIX_X1_TRANS, LDMATRIX_X2_TRANS, LDMATRIX_X4_TRANS,
     MOVMATRIX_TRANS,
 };
 
@@ -64,7 +65,8 @@ void fence();
 int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, const int* shape);
 
 template <class T>
-__attribute__((always_inline)) inline T shuffle(Op op, unsigned mask, T value, int argument, int width) {
+__attribute__((always_inline)) inline T shuffle(Op op, unsigned mask, T value, int argument,
+                                                int width) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
     T result;
     for (unsigned part = 0; part < sizeof(T) / 4; ++part) {
@@ -94,7 +96,8 @@ __attribute__((no_sanitize("thread"))) T atomic(T* address, F change) {
 }
 
 template <class... A, size_t... I>
-__attribute__((no_sanitize("thread"))) void call_with(void (*kernel)(), void** args, std::index_sequence<I...>) {
+__attribute__((no_sanitize("thread"))) void call_with(void (*kernel)(), void** args,
+                                                      std::index_sequence<I...>) {
     reinterpret_cast<void (*)(A...)>(kernel)(*static_cast<A*>(args[I])...);
 }
 
@@ -132,9 +135,15 @@ int launch_typed(void (*kernel)(A...), void** args, const int* shape) {
 #define gridDim (::emulator::now.grid_dim)
 
 __forceinline__ void __syncthreads() { emulator::sync_threads(); }
-__forceinline__ int __syncthreads_count(int predicate) { return emulator::sync_threads_count(predicate); }
-__forceinline__ int __syncthreads_or(int predicate) { return emulator::sync_threads_count(predicate) != 0; }
-__forceinline__ int __syncthreads_and(int predicate) { return emulator::sync_threads_count(!predicate) == 0; }
+__forceinline__ int __syncthreads_count(int predicate) {
+    return emulator::sync_threads_count(predicate);
+}
+__forceinline__ int __syncthreads_or(int predicate) {
+    return emulator::sync_threads_count(predicate) != 0;
+}
+__forceinline__ int __syncthreads_and(int predicate) {
+    return emulator::sync_threads_count(!predicate) == 0;
+}
 __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu) {
     emulator::Operands operands = {};
     emulator::collective(emulator::SYNC_WARP, mask, operands);
@@ -161,7 +170,9 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int wid
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
     return emulator::ballot(mask, predicate);
 }
-__forceinline__ int __any_sync(unsigned mask, int predicate) { return emulator::ballot(mask, predicate) != 0; }
+__forceinline__ int __any_sync(unsigned mask, int predicate) {
+    return emulator::ballot(mask, predicate) != 0;
+}
 __forceinline__ int __all_sync(unsigned mask, int predicate) {
     return emulator::ballot(mask, !predicate) == 0;
 }

@@ -1,21 +1,38 @@
-// Who touched each byte of shared memory last, and whether that is ordered with who touches it now.
+// Who touched each byte of a memory last, and whether that is ordered with who touches it now.
 //
-// Two accesses of a byte, one of them a write, are ordered when one thread made both, when a
-// __syncthreads lies between, or, in one warp, a __syncwarp of all lanes. Shuffles and votes order
-// nothing. Atomics do not conflict with each other.
+// In a block, two accesses of a byte, one of them a write, are ordered when one thread made both,
+// when a __syncthreads lies between, or, in one warp, a __syncwarp of all lanes. Shuffles and votes
+// order nothing. Atomics do not conflict with each other.
+// Between blocks (global memory): no two may write a byte, and one may read what another wrote only
+// when a __threadfence of the writer followed, by the same thread or after a __syncthreads. Whether
+// the reader waited for that is not known here.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
+#include <algorithm>
+#include <set>
+#include <utility>
 #include <vector>
 
 namespace emulator {
 
 struct Clock {
-    uint32_t epoch = 0;        // __syncthreads and block starts so far
-    uint32_t block_start = 0;  // epoch of this block's start
-    uint32_t warp_time[1024];  // per thread: __syncwarps of its warp in this block
+    uint32_t epoch = 0;                           // __syncthreads and block starts so far
+    uint32_t block_start = 0;                     // epoch of this block's start
+    uint32_t warp_time[1024];                     // per thread: __syncwarps of its warp
+    std::vector<uint32_t> block_starts;           // of this launch
+    std::set<std::pair<uint32_t, int>> fences;    // of this launch: (epoch, thread)
+
+    // Whether a write of an earlier block was followed by a fence.
+    bool is_published(uint32_t written, int writer) const {
+        if (fences.count({written, writer})) return true;
+        auto later = fences.lower_bound({written + 1, -1});
+        auto end = std::upper_bound(block_starts.begin(), block_starts.end(), written);
+        return later != fences.end() && (end == block_starts.end() || later->first < *end);
+    }
 };
 
 struct Access {
@@ -31,8 +48,17 @@ struct Conflict {
 
 class Shadow {
   public:
-    void resize(size_t num_bytes) { bytes_.resize(num_bytes); }
-    size_t size() const { return bytes_.size(); }
+    explicit Shadow(bool is_global) : is_global_(is_global) {}
+    ~Shadow() { free(bytes_); }
+    Shadow(const Shadow&) = delete;
+
+    // Forgets everything. Memory that is never touched costs nothing.
+    void reset(size_t num_bytes) {
+        free(bytes_);
+        bytes_ = static_cast<Byte*>(calloc(num_bytes ? num_bytes : 1, sizeof(Byte)));
+        num_bytes_ = num_bytes;
+    }
+    size_t size() const { return num_bytes_; }
 
     void set_pending(size_t offset, int num_bytes, bool is_pending) {
         for (int idx = 0; idx < num_bytes; ++idx) bytes_[offset + idx].is_pending = is_pending;
@@ -51,10 +77,10 @@ class Shadow {
     static constexpr int ONE_WARP = 1 << 11;  // + warp: several of its lanes have read
     static constexpr int MANY = 1 << 12;      // lanes of several warps have read
 
-    struct Byte {
-        uint32_t write_epoch = 0, write_time = 0, read_epoch = 0, read_time = 0;
-        int16_t writer = 0, reader = 0, last_reader = 0;
-        bool is_pending = false, is_atomic = false;
+    struct Byte {  // zeros: never touched
+        uint32_t write_epoch, write_time, read_epoch, read_time;
+        int16_t writer, reader, last_reader;
+        bool is_pending, is_atomic;
     };
 
     static bool is_ordered(int thread, uint32_t time, const Access& access) {
@@ -68,15 +94,21 @@ class Shadow {
         return (byte.reader & ~ONE_WARP) == access.thread / 32 && byte.read_time < access.warp_time;
     }
 
-    static Conflict note_byte(Byte& byte, const Access& access, const Clock& clock) {
+    Conflict note_byte(Byte& byte, const Access& access, const Clock& clock) const {
         bool is_written = byte.write_epoch >= clock.block_start;
+        if (is_global_ && !is_written && byte.write_epoch && !byte.is_atomic) {
+            if (access.is_write && !access.is_atomic) return {"two blocks write there", -1};
+            if (!access.is_write && !clock.is_published(byte.write_epoch, byte.writer)) {
+                return {"read of what another block wrote with no __threadfence after it", -1};
+            }
+        }
         if (byte.is_pending && is_written) return {"a cp.async is in flight there", byte.writer};
         bool is_recent = is_written && byte.write_epoch == access.epoch;
         bool is_race = is_recent && !is_ordered(byte.writer, byte.write_time, access) &&
                        !(byte.is_atomic && access.is_atomic);
         if (is_race) return {"data race with a write", byte.writer};
         if (access.is_write) return note_write(byte, access);
-        if (!is_written) return {"read of what no thread has written", -1};
+        if (!is_written && !is_global_) return {"read of what no thread has written", -1};
         note_read(byte, access);
         return {};
     }
@@ -107,7 +139,9 @@ class Shadow {
         byte.read_time = access.warp_time;
     }
 
-    std::vector<Byte> bytes_;
+    bool is_global_;
+    Byte* bytes_ = nullptr;
+    size_t num_bytes_ = 0;
 };
 
 }  // namespace emulator

@@ -69,7 +69,8 @@ inline void run_mma(Lanes& lanes, int num_k, bool is_bf16) {
         }
         for (int reg = 0; reg < num_k / 8; ++reg) {
             for (int idx = 0; idx < 2; ++idx) {
-                b[pair * 2 + reg * 8 + idx][group] = element(lanes[lane]->in[4 + reg], idx, is_bf16);
+                int k = pair * 2 + reg * 8 + idx;
+                b[k][group] = element(lanes[lane]->in[4 + reg], idx, is_bf16);
             }
         }
     }
@@ -114,7 +115,9 @@ inline void run_ldmatrix(Op op, Lanes& lanes) {
 
 inline void run_movmatrix(Lanes& lanes) {
     uint16_t matrix[8][8];
-    for (int lane = 0; lane < 32; ++lane) memcpy(&matrix[lane / 4][lane % 4 * 2], lanes[lane]->in, 4);
+    for (int lane = 0; lane < 32; ++lane) {
+        memcpy(&matrix[lane / 4][lane % 4 * 2], lanes[lane]->in, 4);
+    }
     hand_out(lanes, matrix, 0, true);
 }
 

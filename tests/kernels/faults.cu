@@ -1,6 +1,6 @@
 // One fault each, for the emulator to find; fault 0 has none. The line of a fault is marked.
 //
-// grid: 1 block of 64 threads; dynamic shared memory: 64 floats.
+// grid: 2 blocks of 64 threads, the second for faults between blocks only; 64 dynamic floats.
 #include "ptx.cuh"
 
 extern "C" __global__ void faults_kernel(
@@ -12,6 +12,23 @@ extern "C" __global__ void faults_kernel(
     __shared__ uint4 vectors[64];
     DYNAMIC_SHARED(float, dynamic);
     int i = threadIdx.x;
+    if (fault >= 50) {
+        if (blockIdx.x == 0 && fault != 50) {
+            out[i] = x[i];
+            if (fault == 51 && i) __threadfence();                    // not the first thread
+            if (fault >= 52) __syncthreads();
+            if (fault == 52 && i == 0) __threadfence();               // right: after a barrier
+            if (fault == 53 && i == 5) out[6] = 0.0f;                 // right: a barrier between
+        } else if (fault == 50) {
+            out[i] = x[i];                                            // both blocks write
+        } else if (i) {
+            if (fault == 51) values[i] = out[0];                      // perhaps not there yet
+            if (fault == 52) values[i] = out[63 - i];
+        }
+        if (fault == 54) out[i] = out[63 - i];                        // no barrier
+        return;
+    }
+    if (blockIdx.x) return;
     if (fault == 1) out[i + 60] = x[i];                               // out of bounds
     if (fault == 2) const_cast<float*>(x)[i] = 0.0f;                  // a const argument
     if (fault == 3) out[i] = load16(x + i).x > 0;                     // misaligned
