@@ -133,7 +133,7 @@ def _load(folder: Path, name: str, defines: tuple[tuple[str, int], ...]) -> _Lib
     text += "".join(f"EMULATED_KERNEL({kernel})\n" for kernel in kernel_names(source))
     headers = sorted([*SOURCES.rglob("*.cuh"), *SOURCES.rglob("emulator/*.h")])
     key = _digest(KERNEL_FLAGS, flags, text, Path(source), *headers)
-    unit = BUILD / f"{name}-{key}.cpp"
+    unit = BUILD / f"{Path(name).name}-{key}.cpp"
     library = unit.with_suffix(".so")
     if not library.exists():
         runtime = _runtime()

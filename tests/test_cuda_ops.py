@@ -1,4 +1,4 @@
-"""The kernels around attention, run on the emulator against torch and kv/codecs.
+"""The kernels around attention against torch and kv/codecs, on the emulator and on GPUs.
 
 Outputs and unused slots are NaN before, and the pool's bytes outside written slots must not change.
 """
@@ -6,7 +6,7 @@ Outputs and unused slots are NaN before, and the pool's bytes outside written sl
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import load_emulated
+from machines import MACHINES
 
 from kvchat.attention.cuda_ops import BlockOps, RowOps
 from kvchat.attention.rope import RopeTable, apply_rope
@@ -37,9 +37,9 @@ def ints(*values):
 class Pool:
     """A cache on the CPU with random values everywhere, a copy of it, and the kernels over it."""
 
-    def __init__(self, head_dim, block_size, dtype, lowest=INT4, num_layers=2, num_kv_heads=2):
+    def __init__(self, load, head_dim, block_size, dtype, lowest=INT4):
         torch.manual_seed(head_dim)
-        spec = KVSpec(num_layers, num_kv_heads, head_dim, block_size, dtype)
+        spec = KVSpec(2, 2, head_dim, block_size, dtype)
         self.cache = KVCache(spec, NUM_BLOCKS, lowest=lowest)
         self.twin = KVCache(spec, NUM_BLOCKS, lowest=lowest)
         blocks = self.cache.blocks
@@ -49,7 +49,7 @@ class Pool:
         self.twin.side.copy_(self.cache.side)
         signs = codecs.rotation_signs(head_dim) if lowest else None
         cache = self.cache
-        self.ops = BlockOps(cache.layout, cache.payload, cache.side, signs, load_emulated)
+        self.ops = BlockOps(cache.layout, cache.payload, cache.side, signs, load)
 
     def compress(self, src, dst, srcs, block_id):
         """With the kernel in the cache, by definition in the twin."""
@@ -61,10 +61,15 @@ class Pool:
         assert torch.equal(self.cache.side, self.twin.side)
 
 
+@pytest.fixture(scope="module", params=MACHINES)
+def load(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-def pool(request):
+def pool(request, load):
     """One a shape, its blocks compressed both ways: 9, 10 INT8, 11 and 12 INT4."""
-    pool = Pool(*request.param)
+    pool = Pool(load, *request.param)
     pool.compress(NATIVE, INT8, (1, 2), 9)
     pool.compress(NATIVE, INT8, (3, 4), 10)
     pool.compress(INT8, INT4, (9, 10), 11)
@@ -138,8 +143,8 @@ def test_write_rotates_q_and_k_and_fills_just_the_slots(pool):
     pool.assert_equal()
 
 
-def test_native_pools_need_no_side_array_and_no_rotation():
-    pool = Pool(64, 16, "float16", lowest=NATIVE)
+def test_native_pools_need_no_side_array_and_no_rotation(load):
+    pool = Pool(load, 64, 16, "float16", lowest=NATIVE)
     q, k = torch.randn(3, 4, 64).half(), torch.randn(3, 2, 64).half()
     out = torch.full_like(q, float("nan"))
     cos = torch.ones(1, 32)
@@ -167,8 +172,8 @@ def test_copy_moves_payload_and_side(pool):
     pool.assert_equal()
 
 
-def test_what_fp16_cannot_scale_becomes_nan_and_nothing_else_does():
-    pool = Pool(64, 16, "bfloat16")
+def test_what_fp16_cannot_scale_becomes_nan_and_nothing_else_does(load):
+    pool = Pool(load, 64, 16, "bfloat16")
     blocks = pool.cache.blocks
     blocks[1, 0, 0, 0, 3, 7] = float("nan")
     blocks[1, 0, 1, 0, 4, 9] = float("inf")
@@ -188,8 +193,8 @@ def test_what_fp16_cannot_scale_becomes_nan_and_nothing_else_does():
     pool.assert_equal()
 
 
-def test_several_spans_of_one_launch():
-    pool = Pool(64, 32, "float16")
+def test_several_spans_of_one_launch(load):
+    pool = Pool(load, 64, 32, "float16")
 
     pool.ops.compress(NATIVE, INT8, ints((9, 1, 2), (10, 5, 4)))
     pool.ops.compress(NATIVE, INT4, ints((11, 1, 2, 3, 4), (12, 8, 7, 6, 5)))
@@ -212,9 +217,9 @@ def ulp_close(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [64, 2048, 8200])
-def test_rms_norm_adds_the_residual_and_norms(dtype, size):
+def test_rms_norm_adds_the_residual_and_norms(load, dtype, size):
     torch.manual_seed(size)
-    ops = RowOps(str(dtype).removeprefix("torch."), load_emulated)
+    ops = RowOps(str(dtype).removeprefix("torch."), load)
     x, weight = torch.randn(3, size).to(dtype), torch.randn(size).to(dtype)
     residual = torch.randn(3, size).to(dtype) * 3
     out, plain = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
@@ -230,8 +235,8 @@ def test_rms_norm_adds_the_residual_and_norms(dtype, size):
         ulp_close(found, weight * normed)
 
 
-def test_rms_norm_of_heads_inside_a_fused_row():
-    ops = RowOps("float16", load_emulated)
+def test_rms_norm_of_heads_inside_a_fused_row(load):
+    ops = RowOps("float16", load)
     fused = torch.randn(3, 7, 64).half()
     x, weight = fused[:, 2:6], torch.randn(64).half()
     out = torch.full(x.shape, float("nan")).half()
@@ -243,9 +248,9 @@ def test_rms_norm_of_heads_inside_a_fused_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_silu_mul(dtype):
+def test_silu_mul(load, dtype):
     torch.manual_seed(3)
-    ops = RowOps(str(dtype).removeprefix("torch."), load_emulated)
+    ops = RowOps(str(dtype).removeprefix("torch."), load)
     gate_up = (torch.randn(3, 2 * 2056) * 4).to(dtype)
     gate_up[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
     out = torch.full((3, 2056), float("nan"), dtype=dtype)
@@ -258,4 +263,4 @@ def test_silu_mul(dtype):
 
 def test_float32_pools_are_refused_in_words():
     with pytest.raises(UsageError, match="float16 or bfloat16, not float32"):
-        Pool(64, 16, "float32", lowest=NATIVE)
+        Pool(None, 64, 16, "float32", lowest=NATIVE)

@@ -4,20 +4,24 @@ kernel with just that fault."""
 import pytest
 import torch
 from emulator import ROOT, EmulatorError, emulated
+from machines import GENERATIONS
 
-FOLDER = ROOT / "kernels_cu" / "emulator"
 SCALARS = (torch.float16, torch.bfloat16)
-# The instructions by hardware generation: below 800 mma takes other instructions.
-VARIANTS = [(dtype, arch) for dtype in SCALARS for arch in (800, 750)]
 
 
-def primitive(name, dtype=torch.float16, arch=800):
-    is_bf16 = int(dtype == torch.bfloat16)
-    return emulated("primitives", name, FOLDER, SCALAR_BF16=is_bf16, ARCH=arch)
+@pytest.fixture(params=GENERATIONS)
+def primitive(request):
+    """Loads a kernel of primitives.cu."""
+
+    def load(name, dtype=torch.float16):
+        defines = {"SCALAR_BF16": int(dtype == torch.bfloat16)}
+        return request.param("emulator/primitives.cu", name, defines)
+
+    return load
 
 
 def warp(kernel, *args):
-    kernel((1,), (32,), list(args))
+    kernel.launch((1, 1, 1), (32, 1, 1), list(args))
 
 
 def words(x):
@@ -51,20 +55,19 @@ def spread_d(d):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("dtype", "arch"), VARIANTS)
-def test_mma_is_the_product_of_the_matrices_its_fragments_spell(dtype, arch):
+@pytest.mark.parametrize("dtype", SCALARS)
+def test_mma_is_the_product_of_the_matrices_its_fragments_spell(primitive, dtype):
     torch.manual_seed(0)
     a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
     c = torch.randn(16, 8)
     d = torch.full((32, 4), float("nan"))
 
-    kernel = primitive("mma_kernel", dtype, arch)
-    warp(kernel, d, spread_a(a), spread_b(b), spread_d(c))
+    warp(primitive("mma_kernel", dtype), d, spread_a(a), spread_b(b), spread_d(c))
 
     torch.testing.assert_close(d, spread_d(a.float() @ b.float() + c), atol=1e-5, rtol=1e-5)
 
 
-def test_mma_of_one_element_each_lands_where_the_isa_says():
+def test_mma_of_one_element_each_lands_where_the_isa_says(primitive):
     a, b = torch.zeros(16, 16), torch.zeros(16, 8)
     a[11, 13], b[13, 6] = 3.0, 5.0
     d = torch.full((32, 4), float("nan"))
@@ -76,7 +79,7 @@ def test_mma_of_one_element_each_lands_where_the_isa_says():
     assert d[15, 2] == 15.0
 
 
-def test_ldmatrix_and_movmatrix_hand_out_rows_and_columns():
+def test_ldmatrix_and_movmatrix_hand_out_rows_and_columns(primitive):
     elements = torch.arange(256, dtype=torch.int16).view(4, 8, 8)  # 4 matrices of 8 rows
     out = torch.full((7, 32, 4), -1, dtype=torch.int32)
 
@@ -91,7 +94,7 @@ def test_ldmatrix_and_movmatrix_hand_out_rows_and_columns():
     assert torch.equal(out[6, :, 0], trans[:, 0])
 
 
-def test_codes_become_halves_exactly():
+def test_codes_become_halves_exactly(primitive):
     torch.manual_seed(1)
     codes = torch.randint(-128, 128, (32, 4), dtype=torch.int8)
     codes[0] = torch.tensor([-128, 127, -1, 0])
@@ -106,8 +109,8 @@ def test_codes_become_halves_exactly():
     assert torch.equal(halves[:, 2], (raw >> 4).half())
 
 
-@pytest.mark.parametrize(("dtype", "arch"), VARIANTS)
-def test_numbers_round_as_torch_rounds_them(dtype, arch):
+@pytest.mark.parametrize("dtype", SCALARS)
+def test_numbers_round_as_torch_rounds_them(primitive, dtype):
     torch.manual_seed(2)
     x = torch.randn(32, 2) * torch.logspace(-12, 6, 64).view(32, 2)
     x[0] = torch.tensor([65519.9, 65520.0])  # the last half, the first infinity
@@ -119,7 +122,7 @@ def test_numbers_round_as_torch_rounds_them(dtype, arch):
     widened, powers = torch.full((32, 2), float("nan")), torch.full((32, 2), float("nan"))
     pairs = torch.full((32, 3), -1, dtype=torch.int32)
 
-    kernel = primitive("numbers_kernel", dtype, arch)
+    kernel = primitive("numbers_kernel", dtype)
     warp(kernel, rounded, widened, pairs, powers, x, words(operands.view(32, 6)), 5)
 
     assert torch.equal(rounded.view(torch.int16), x.to(dtype).view(torch.int16))
@@ -137,7 +140,7 @@ def test_numbers_round_as_torch_rounds_them(dtype, arch):
     assert torch.equal(pairs[:, 2].contiguous().view(torch.uint8).view(32, 4), mixed.roll(-5, 0))
 
 
-def test_nan_stays_nan_in_both_formats():
+def test_nan_stays_nan_in_both_formats(primitive):
     for dtype in SCALARS:
         x = torch.full((32, 2), float("nan"))
         rounded, widened = torch.zeros(32, 2, dtype=dtype), torch.zeros(32, 2)
@@ -149,7 +152,7 @@ def test_nan_stays_nan_in_both_formats():
         assert widened.isnan().all()
 
 
-def test_shuffles_and_votes():
+def test_shuffles_and_votes(primitive):
     x = torch.arange(32, dtype=torch.int32) * 7 % 32
     out = torch.full((32, 7), -1, dtype=torch.int32)
 
@@ -168,12 +171,11 @@ def test_shuffles_and_votes():
     assert torch.equal(out[:16, 6], x[lane[:16] ^ 1])
 
 
-@pytest.mark.parametrize("arch", [800, 750])
-def test_cp_async_lands_by_its_wait(arch):
+def test_cp_async_lands_by_its_wait(primitive):
     rows = torch.arange(128, dtype=torch.int32).view(32, 4)
     out = torch.full((32, 5), -1, dtype=torch.int32)
 
-    warp(primitive("cp_async_kernel", arch=arch), out, rows)
+    warp(primitive("cp_async_kernel"), out, rows)
 
     expected = rows.clone()
     expected[1::2] = 0
