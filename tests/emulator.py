@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvchat.attention.signature import Parameter, check_args, kernel_names, signature
+from kvchat.attention.signature import ArgumentCheck, Parameter, kernel_names, signature
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "kernels_cu"
@@ -55,6 +55,7 @@ class EmulatedKernel:
 
     def __init__(self, library: _Library, name: str, parameters: tuple[Parameter, ...]) -> None:
         self.parameters = parameters
+        self._check = ArgumentCheck(parameters)
         self.counts: dict[str, int] = {}  # of the last launch
         self._library = library
         self._entry = library.entry(name)
@@ -63,7 +64,7 @@ class EmulatedKernel:
         self, grid: tuple[int, ...], block: tuple[int, ...], args: list, shared_bytes: int = 0
     ) -> None:
         """Check the arguments and run to the end. Raises EmulatorError."""
-        check_args(self.parameters, args)
+        self._check(args)
         library = self._library.handle
         library.emulator_reset()
         library.emulator_set_order(int(self.has_reversed_blocks))

@@ -32,7 +32,7 @@ class Launch(Protocol):
         self,
         grid: tuple[int, ...],
         block: tuple[int, ...],
-        args: Sequence[Tensor | float | None],
+        args: Sequence[object],
         shared_bytes: int = 0,
     ) -> None:
         """Check the arguments, then launch."""
@@ -135,7 +135,7 @@ class BlockOps:
         payload = self._payload[:, layer_idx]
         per_warp = max(1, _WARP // (head_dim // 2 // (8 if head_dim % 16 == 0 else 4)))
         num_groups = -(-(num_heads + 2 * num_kv_heads) // (per_warp * _WARPS_PER_BLOCK))
-        args: list[Tensor | float | None] = [
+        args = [
             *out, payload, payload.stride(0), q, q.stride(0), k, k.stride(0), v, v.stride(0),
             *angles, self._signs, positions, slots, num_heads, num_kv_heads,
         ]  # fmt: skip
@@ -152,7 +152,7 @@ class BlockOps:
         assert -(-num_tokens // block_size) == table.numel(), f"{num_tokens} in {table.numel()}"
         payload = self._payload[:, layer_idx]
         side = self._side[:, layer_idx] if self._side is not None else None
-        args: list[Tensor | float | None] = [
+        args = [
             out, payload, payload.stride(0), side, self._side_stride, table, self._signs,
             num_tokens, self._layout.side_bytes,
         ]  # fmt: skip
@@ -161,7 +161,7 @@ class BlockOps:
     def copy(self, pairs: Tensor) -> None:
         """Copy blocks, payload and side. pairs: int32 [n, 2] of (source, destination), no block
         twice among the destinations, or among both."""
-        args: list[Tensor | float | None] = [
+        args = [
             self._payload, self._payload.stride(0), self._side, self._side_stride, pairs,
             self._layout.spec.bytes_per_block, self._layout.side_bytes_per_block,
         ]  # fmt: skip
@@ -175,7 +175,7 @@ class BlockOps:
         num_sources = layout.span_blocks[dst] // layout.span_blocks[src]
         assert jobs.shape[1] == 1 + num_sources, f"{jobs.shape} from {src} to {dst}"
         num_chunks = 2 if dst == Codec.INT8 else layout.span_tokens(dst) // K_GROUP
-        args: list[Tensor | float | None] = [
+        args = [
             self._payload, self._payload.stride(0), self._side, self._side_stride, jobs,
             self._signs, spec.num_kv_heads, layout.side_bytes,
         ]  # fmt: skip

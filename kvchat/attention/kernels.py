@@ -13,12 +13,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from kvchat.attention.nvrtc import load_nvrtc
-from kvchat.attention.signature import Defines, Parameter, check_args, inline_source, signature
+from kvchat.attention.signature import (
+    ArgumentCheck,
+    Defines,
+    Parameter,
+    inline_source,
+    signature,
+)
 from kvchat.errors import UsageError
 from kvchat.paths import cache_dir
 
@@ -81,11 +87,15 @@ class Kernel:
     max_shared_bytes: int
     function: Function
 
+    @functools.cached_property
+    def _check(self) -> ArgumentCheck:
+        return ArgumentCheck(self.parameters)
+
     def launch(
         self,
         grid: tuple[int, ...],
         block: tuple[int, ...],
-        args: Sequence[Tensor | float | None],
+        args: Sequence[object],
         shared_bytes: int = 0,
     ) -> None:
         """Check the arguments, then launch. Allocates nothing on the device and waits for nothing.
@@ -94,7 +104,7 @@ class Kernel:
         was told.
         """
         try:
-            check_args(self.parameters, args)
+            self._check(args)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from None
         assert min(grid) > 0 and min(block) > 0, f"{self.name}: grid {grid}, block {block}"
@@ -106,11 +116,11 @@ class Kernel:
         self.function(grid, block, packed, shared_bytes, current_stream())
 
 
-def _address(arg: Tensor | float | None) -> np.uint64:
+def _address(arg: object) -> np.uint64:
     """A device pointer of the right width. Raises ValueError for a tensor that is not on a GPU."""
     if arg is None:
         return np.uint64(0)
-    tensor: Tensor = arg  # type: ignore[assignment]
+    tensor = cast("Tensor", arg)
     if tensor.device.type != "cuda":
         raise ValueError(f"a tensor on {tensor.device} was given to a kernel")
     return np.uint64(tensor.data_ptr())
