@@ -72,13 +72,17 @@ __device__ __forceinline__ void store16(void* address, uint4 value) {
 #endif
 }
 
-// Global memory that is read once and by nobody who writes it: not kept in L1.
+// Global memory that is read once and by nobody who writes it. (That it need not stay in L1 is better
+// not said: with L1::no_allocate an H200 read a GB of blocks 6 to 12 % slower.)
+#ifndef STREAM_HINT
+#define STREAM_HINT ""
+#endif
 __device__ __forceinline__ uint4 load16_stream(const void* address) {
 #ifdef KVCHAT_EMULATOR
     return load16(address);
 #else
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc" STREAM_HINT ".v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 #endif
@@ -91,7 +95,7 @@ __device__ __forceinline__ uint2 load8_stream(const void* address) {
     return v;
 #else
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+    asm volatile("ld.global.nc" STREAM_HINT ".v2.u32 {%0, %1}, [%2];"
                  : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #endif

@@ -1,0 +1,160 @@
+"""Launches paged_decode: its constants, its work list, its scratch. One object for a pool.
+
+    decode = PagedDecode(cache.layout, num_heads, max_rows, max_len, "cuda")
+    plan = decode.make_plan()
+    decode.plan(plan, tables, seq_lens, window=0)            # once a step, for layers of one window
+    decode.attend(out, q, q_rotated, cache, plan, layer_idx, scale)     # once a layer
+
+Nothing is allocated after the constructor and make_plan, so that both calls may be captured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvchat.attention.kernels import Kernel, load_kernel
+from kvchat.kv.layout import BlockLayout, Codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvchat.kv.cache import KVCache
+
+HEAD_DIMS = (64, 96, 128, 256)  # that paged_decode is written for
+# Of decode_record.cuh.
+RECORD_HEADER = 8
+MAX_SPLIT = 1024
+RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
+TILE_HEADS = 8  # heads of a group that share a pass over K and V
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """What is chosen by measuring; docs/benchmarks holds the figures."""
+
+    warps: int = 4
+    blocks: int = 3  # of a multiprocessor
+    target_splits: int = 32  # of a row
+    min_split: int = 128  # positions of a split, a power of two from the longest span (128) up
+
+
+class PagedDecode:
+    """Decode attention for pools of one layout, up to max_rows rows of up to max_len tokens."""
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        num_heads: int,
+        max_rows: int,
+        max_len: int,
+        device: str,
+        tuning: DecodeTuning | None = None,
+    ) -> None:
+        import torch
+
+        self.tuning = tuning or DecodeTuning()
+        self.layout, self.num_heads, self.device = layout, num_heads, device
+        self._group = num_heads // layout.spec.num_kv_heads
+        self.num_tiles = layout.spec.num_kv_heads * -(-self._group // TILE_HEADS)
+        self.max_records = max_rows * max_splits(max_len, self.tuning)
+        slots = (self.max_records * self.num_tiles, min(self._group, TILE_HEADS))
+        self._sums = torch.empty((*slots, layout.spec.head_dim), device=device)
+        self._stats = torch.empty((*slots, 2), device=device)
+        self._counters = torch.zeros(
+            (max_rows, self.num_tiles), dtype=torch.int32, device=device
+        )  # the kernel leaves them at zero
+        self._plan_kernel, self._kernel, self._grid = self._load()
+
+    def make_plan(self) -> Tensor:
+        """Memory for a work list, int32; one for each window that is in use at the same time."""
+        import torch
+
+        # The kernel's blocks each read a record before they know how many there are.
+        num_records = max(self.max_records, -(-self._grid // self.num_tiles))
+        num_ints = RECORD_HEADER + num_records * RECORD_INTS
+        return torch.zeros(num_ints, dtype=torch.int32, device=self.device)
+
+    def plan(self, plan: Tensor, tables: Tensor, seq_lens: Tensor, window: int = 0) -> None:
+        """Fill `plan`. tables: int32 [rows, entries], entries of kv/layout; seq_lens: int32 [rows],
+        0 for a row that is padding; window: positions a row sees, 0 for all."""
+        args = [
+            plan, tables, tables.stride(0), seq_lens, self.layout.spec.block_size, window,
+            self.tuning.target_splits, self.tuning.min_split,
+        ]  # fmt: skip
+        self._plan_kernel.launch((seq_lens.shape[0],), (128,), args)
+
+    def attend(
+        self,
+        out: Tensor,
+        q: Tensor,
+        q_rotated: Tensor | None,
+        cache: KVCache,
+        plan: Tensor,
+        layer_idx: int,
+        scale: float,
+    ) -> None:
+        """out, q: [rows, num_heads, head_dim] in the pool's dtype, q rotated by position.
+
+        q_rotated: codecs.rotate of it, float16 of the same shape, for INT8 blocks. scale: of the
+        scores, as attention is defined.
+        """
+        self._kernel.launch(
+            (self._grid,),
+            (32 * self.tuning.warps,),
+            self.arguments(out, q, q_rotated, cache, plan, layer_idx, scale),
+        )
+
+    def arguments(
+        self,
+        out: Tensor,
+        q: Tensor,
+        q_rotated: Tensor | None,
+        cache: KVCache,
+        plan: Tensor,
+        layer_idx: int,
+        scale: float,
+    ) -> list[Tensor | float | None]:
+        """The kernel's, in order."""
+        spec = self.layout.spec
+        return [
+            out, self._sums, self._stats, self._counters, q, q_rotated, cache.payload,
+            cache.side if self.layout.side_bytes else None, plan, scale * math.log2(math.e),
+            layer_idx, spec.num_layers, spec.num_kv_heads, self._group, spec.block_size,
+            self.layout.side_bytes,
+        ]  # fmt: skip
+
+    def _load(self) -> tuple[Kernel, Kernel, int]:
+        """Both kernels, and the grid: as many blocks as the device holds at a time."""
+        import torch
+
+        defines = decode_defines(self.layout, self.tuning)
+        plan_kernel = load_kernel("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0})
+        kernel = load_kernel("paged_decode.cu", "paged_decode_kernel", defines)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return plan_kernel, kernel, processors * self.tuning.blocks
+
+
+def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
+    """The constants of paged_decode.cu for a pool."""
+    spec = layout.spec
+    return {
+        "SCALAR_BF16": int(spec.dtype == "bfloat16"),
+        "HEAD_DIM": spec.head_dim,
+        "MAX_CODEC": int(layout.lowest),
+        "WARPS": tuning.warps,
+        "MIN_BLOCKS": tuning.blocks,
+    }
+
+
+def max_splits(max_len: int, tuning: DecodeTuning) -> int:
+    """The most splits that plan_decode makes of a row; one more where a window cuts one."""
+    by_target = max(tuning.target_splits, -(-max_len // MAX_SPLIT))
+    return min(by_target, -(-max_len // tuning.min_split)) + 1
+
+
+def is_supported(layout: BlockLayout) -> bool:
+    """Whether paged_decode can read this pool; others go through a gathered copy."""
+    is_16_bit = layout.spec.dtype in ("float16", "bfloat16")
+    return is_16_bit and layout.spec.head_dim in HEAD_DIMS and layout.lowest in Codec
