@@ -75,6 +75,7 @@ def main() -> None:
         "--held-out", type=Path, default=ROOT / "build" / "demo_model" / "held_out.npz"
     )
     parser.add_argument("--items", type=int, default=1000, help="per distance")
+    parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
     parser.add_argument("--together", type=int, default=32, help="chats at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that write items")
     args = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
     )
     print("| distance | items | KV | right | against native | lost | won | seconds |")
     print("|---:|---:|---|---:|---:|---:|---:|---:|", flush=True)
-    for distance in DISTANCES:
+    for distance in args.distances:
         native: dict[int, bool] = {}
         for name, setting in SETTINGS.items():
             started = time.perf_counter()
