@@ -17,7 +17,7 @@ import click
 
 from kvchat import __version__, paths
 from kvchat.chat.options import OPTIONS, read_seed, set_sampling
-from kvchat.config import SamplingParams
+from kvchat.config import KV_RUNGS, SamplingParams
 from kvchat.errors import KvchatError, UsageError
 from kvchat.terminal.show import Show
 
@@ -71,6 +71,15 @@ def cli() -> None:
 )
 @click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
 @click.option("--kv-mem", help="Memory of the KV pool: 2GiB or 70%.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice([*KV_RUNGS]),
+    help="Compress the KV cache: never, when memory runs short (auto, the default: to INT8; auto4:"
+    " to INT4), or always.",
+)
+@click.option("--kv-window", type=click.IntRange(0), default=128, help="Last tokens kept native.")
+@click.option("--kv-sink", type=click.IntRange(0), default=64, help="First tokens kept native.")
+@click.option("--force", is_flag=True, help="Use codecs that have not passed kvchat probe.")
 @click.option("-b", "--batch", type=click.IntRange(1), default=512, help="Tokens a step.")
 @click.option("-np", "--parallel", type=click.IntRange(1), default=256, help="Chats a step.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
@@ -233,6 +242,10 @@ def _run_options(flags: dict[str, Any]) -> RunOptions:
         dtype=flags["dtype"],
         context=flags["context"],
         kv_mem=flags["kv_mem"],
+        kv_cache=flags["kv_cache"],
+        kv_window=flags["kv_window"],
+        kv_sink=flags["kv_sink"],
+        force=flags["force"],
         block_size=int(flags["block_size"]),
         max_num_batched_tokens=flags["batch"],
         max_num_seqs=flags["parallel"],

@@ -133,11 +133,22 @@ class KVPolicy:
         low, high = 0, num_blocks * self.span_blocks[-1] * block_size
         while low < high:
             middle = (low + high + 1) // 2
-            if self._peak_blocks(middle, block_size) <= num_blocks:
+            if self.peak_blocks(middle, block_size) <= num_blocks:
                 low = middle
             else:
                 high = middle - 1
         return low
+
+    def peak_blocks(self, num_tokens: int, block_size: int) -> int:
+        """The most blocks that are needed at any length up to num_tokens: a new token's slot is
+        claimed before its block's span can be compressed. A longest span later more are needed
+        than before, so only the last lengths count."""
+        first = max(1, num_tokens - self.span_blocks[-1] * block_size)
+        starts = range(first - first % block_size + 1, num_tokens, block_size)  # of a new block
+        lengths: list[int] = [*starts, num_tokens]
+        return max(
+            -(-length // block_size) - self._num_saved(length - 1, block_size) for length in lengths
+        )
 
     def _num_saved(self, num_tokens: int, block_size: int) -> int:
         """Blocks that compression frees of a sequence, rung after rung."""
@@ -148,18 +159,6 @@ class KVPolicy:
             num_spans = max(0, end - start) // (span * block_size)
             num_saved += num_spans * (span // self.span_blocks[src] - 1)
         return num_saved
-
-    def _peak_blocks(self, num_tokens: int, block_size: int) -> int:
-        """The most blocks that are needed at any length up to num_tokens: a new token's slot is
-        claimed before its block's span can be compressed. A longest span later more are needed
-        than before, so only the last lengths count."""
-        first = max(1, num_tokens - self.span_blocks[-1] * block_size)
-        starts = range(first - first % block_size + 1, num_tokens, block_size)  # of a new block
-        lengths: list[int] = [*starts, num_tokens]
-        return max(
-            -(-length // block_size) - self._num_saved(length - 1, block_size)
-            for length in lengths
-        )
 
 
 @dataclass(frozen=True)

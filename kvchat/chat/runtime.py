@@ -78,5 +78,10 @@ def open_runtime(options: RunOptions, progress: Progress) -> Runtime:
     routed.append(Library(engine, tokenizer, chat_format, defaults))
     engine.start()
     return Runtime(
-        routed[0], engine, facts, source.name, chat_format.name, tuple(tokenizer.warnings)
+        routed[0],
+        engine,
+        facts,
+        source.name,
+        chat_format.name,
+        (*tokenizer.warnings, *facts.warnings),
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvchat.config import KVSpec, ModelConfig, SchedulerConfig
+from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.engine import Engine
+from kvchat.engine.gate import recall
+from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
 from kvchat.errors import CapacityError, UsageError
@@ -25,6 +27,10 @@ class EngineOptions:
     backend: str = "cpu"
     context: int | None = None
     kv_mem: str | None = None
+    kv_cache: str | None = None  # a mode of engine/kv_mode, or its default
+    kv_window: int = 128
+    kv_sink: int = 64
+    force: bool = False  # use codecs that have not passed the probe
     block_size: int = 16
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 256
@@ -40,6 +46,7 @@ class EngineFacts:
     spec: KVSpec
     scheduler: SchedulerConfig
     lowest: Codec = Codec.NATIVE  # codec that a block may come to
+    warnings: tuple[str, ...] = ()  # what is not as it was asked
 
     @property
     def layout(self) -> BlockLayout:
@@ -66,8 +73,22 @@ def choose_device(device: str) -> str:
     return "cpu"
 
 
+def _allowed_codec(fingerprint: bytes, is_forced: bool) -> tuple[Codec, str]:
+    """The lowest codec that the automatic modes may use for this model, and why no lower one."""
+    probed = recall(fingerprint)
+    if is_forced:
+        return Codec.INT4, ""
+    if Codec.INT8 in probed and not probed[Codec.INT8].passes:
+        return Codec.NATIVE, probed[Codec.INT8].sentence()
+    if Codec.INT4 not in probed:
+        return Codec.INT8, "the model has not been probed (kvchat probe measures it)"
+    if not probed[Codec.INT4].passes:
+        return Codec.INT8, probed[Codec.INT4].sentence()
+    return Codec.INT4, ""
+
+
 def _scheduler_config(
-    layout: BlockLayout, config: ModelConfig, options: EngineOptions
+    layout: BlockLayout, kv: KVPolicy, config: ModelConfig, options: EngineOptions
 ) -> SchedulerConfig:
     """The caps of a step. A context that was asked for is given in full or refused."""
     num_blocks = plan_num_blocks(layout, options.kv_mem, available_memory())
@@ -77,9 +98,11 @@ def _scheduler_config(
         max_model_len=options.context or config.max_position,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        kv=kv,
     )
     if options.context and made.max_request_tokens < options.context:
-        needed = (-(-options.context // options.block_size) + 1) * layout.bytes_per_block
+        num_needed = kv.peak_blocks(options.context, options.block_size) + kv.num_reserved + 1
+        needed = num_needed * layout.bytes_per_block
         raise CapacityError(
             f"--ctx-size {options.context} needs a KV pool of {format_size(needed)}, and it has"
             f" {format_size(num_blocks * layout.bytes_per_block)}; raise --kv-mem to {needed} or"
@@ -107,6 +130,7 @@ def build_engine(
     from kvchat.engine.runner import Runner
     from kvchat.engine.sampler import Sampler
     from kvchat.kv.cache import KVCache
+    from kvchat.kv.codecs import CODEC_FINGERPRINT
     from kvchat.model.weights import choose_dtype, load_decoder
 
     device = choose_device(options.device)
@@ -125,13 +149,27 @@ def build_engine(
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
-    layout = BlockLayout(spec)
-    scheduler_config = _scheduler_config(layout, config, options)
+    allowed, reason = _allowed_codec(source.fingerprint, options.force)
+    kv_mode = choose_kv_mode(
+        options.kv_cache, options.kv_window, options.kv_sink, spec, allowed, reason
+    )
+    layout, kv = BlockLayout(spec, kv_mode.lowest), kv_mode.policy
+    scheduler_config = _scheduler_config(layout, kv, config, options)
     cache = KVCache(spec, scheduler_config.num_blocks, device, layout.lowest)
     rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)
     runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
-    pool = BlockPool(scheduler_config.num_blocks, options.block_size, source.fingerprint)
-    engine = Engine(Scheduler(scheduler_config, pool), runner, listener, layout.bytes_per_block)
-    return engine, EngineFacts(device, dtype, spec, scheduler_config, layout.lowest)
+    pool = BlockPool(
+        scheduler_config.num_blocks,
+        options.block_size,
+        source.fingerprint + CODEC_FINGERPRINT,
+        span_blocks=kv.span_blocks,
+        num_reserved=kv.num_reserved,
+    )
+    bytes_used = tuple(layout.bytes_used(Codec(i)) for i in range(layout.lowest + 1))
+    engine = Engine(
+        Scheduler(scheduler_config, pool), runner, listener, layout.bytes_per_block, bytes_used
+    )
+    facts = EngineFacts(device, dtype, spec, scheduler_config, layout.lowest, kv_mode.warnings)
+    return engine, facts

@@ -46,6 +46,8 @@ class Runner:
     def launch(self, batch: Batch) -> Step:
         """Run one step; the rows' K and V are in the pool when it is done."""
         self._cache.apply(batch.block_ops)
+        if not batch.rows:
+            return Step([])
         self._backend.plan(_attention_batch(batch.rows))
         sampled_rows, last_tokens, input_ids = [], [], []
         for row in batch.rows:
