@@ -1,55 +1,21 @@
 """Both backends against a dense float64 computation, over a pool whose unused slots are NaN."""
 
-import itertools
 import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from attention_world import LAYER, TOLERANCE, Shape, World, assert_close, pairwise
 
 from kvchat.attention import AttentionBatch
+from kvchat.attention import cpu_jit as jit
 from kvchat.attention import cpu_kernels as kernels
 from kvchat.attention.backends import BACKENDS, make_backend
 from kvchat.attention.cpu import MAX_KERNEL_TOKENS, SPLIT_TOKENS
-from kvchat.attention.rope import build_rope
-from kvchat.config import KVSpec, ModelConfig
 from kvchat.errors import UsageError
-from kvchat.kv.cache import KVCache
-
-NUM_LAYERS, LAYER = 2, 1
-# bfloat16 keeps 8 bits, so its last rounding alone may be 2^-9 of the value.
-TOLERANCE = {"float32": (2e-5, 1e-5), "float16": (1e-3, 1e-3), "bfloat16": (1e-3, 5e-3)}
-
-
-@dataclass(frozen=True)
-class Shape:
-    block_size: int = 16
-    head_dim: int = 16
-    num_kv_heads: int = 2
-    group: int = 4
-    dtype: str = "float32"
-    window: int = 0
-
-
-def make_config(shape):
-    return ModelConfig(
-        family="llama",
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_layers=NUM_LAYERS,
-        num_heads=shape.num_kv_heads * shape.group,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position=4096,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        layer_windows=(0, shape.window),
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,84 +24,6 @@ def _one_thread():
     torch.set_num_threads(1)  # the tensors are small, and other tests may run beside these
     yield
     torch.set_num_threads(num_threads)
-
-
-class World:
-    """A pool of NaN with the given sequences in it, in shuffled blocks, but for their new tokens.
-
-    lens: (query_len, seq_len) per sequence. history holds what the pool must hold in the end, as
-    float64 [seq_len, 2, num_kv_heads, head_dim] per sequence.
-    """
-
-    def __init__(self, shape, lens, seed=0):
-        self.shape, self.lens = shape, lens
-        self.generator = torch.Generator().manual_seed(seed)
-        self.config, dtype = make_config(shape), getattr(torch, shape.dtype)
-        num_blocks = [-(-seq_len // shape.block_size) for _, seq_len in lens]
-        spec = KVSpec(NUM_LAYERS, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype)
-        self.cache = KVCache(spec, 4 + sum(num_blocks))
-        self.cache.blocks[1:] = float("nan")
-        ids = random.Random(seed).sample(range(1, 4 + sum(num_blocks)), sum(num_blocks))
-        self.tables = [[ids.pop() for _ in range(n)] for n in num_blocks]
-        self.rope = build_rope(self.config, 4096)
-        tokens, heads = sum(n for n, _ in lens), (shape.num_kv_heads, shape.head_dim)
-        self.q = self.draw(tokens, shape.num_kv_heads * shape.group, shape.head_dim).to(dtype)
-        self.k, self.v = self.draw(tokens, *heads).to(dtype), self.draw(tokens, *heads).to(dtype)
-        self.batch = AttentionBatch([n for n, _ in lens], [n for _, n in lens], self.tables)
-        for (num_new, seq_len), table in zip(lens, self.tables, strict=True):
-            for position in range(seq_len - num_new):
-                self.slot(table, position).copy_(self.draw(2, *heads))
-
-    def draw(self, *shape):
-        return torch.randn(shape, generator=self.generator)
-
-    def slot(self, table, position):
-        """The pool's K and V of one token: [2, num_kv_heads, head_dim]."""
-        block_id, offset = (
-            table[position // self.shape.block_size],
-            position % self.shape.block_size,
-        )
-        return self.cache.layer(LAYER)[block_id, :, :, offset]
-
-    def run(self, name):
-        """Store and attend with a backend: (result, backend)."""
-        backend = make_backend(name, self.config, self.cache, self.rope)
-        torch.use_deterministic_algorithms(True)  # torch.empty gives NaN: unwritten results show
-        try:
-            backend.plan(self.batch)
-            rotated = backend.write_kv(LAYER, self.q, self.k, self.v)
-            return backend.attend(LAYER, rotated), backend
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    def rotate(self, x, position):
-        """x: [n, head_dim] in float64, pairs (i, i + head_dim / 2)."""
-        cos, sin = self.rope.cos[position].double(), self.rope.sin[position].double()
-        low, high = x.double().chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-
-    def expected(self):
-        """(rotated new keys in float64, attention over what the pool now holds, in float64)."""
-        keys, outs, token = [], [], 0
-        for (num_new, seq_len), table in zip(self.lens, self.tables, strict=True):
-            past = torch.stack([self.slot(table, p) for p in range(seq_len)]).double()
-            k, v = (past[:, i].repeat_interleave(self.shape.group, 1) for i in (0, 1))
-            for position in range(seq_len - num_new, seq_len):
-                first = max(0, position + 1 - self.shape.window) if self.shape.window else 0
-                q = self.rotate(self.q[token], position)
-                seen = slice(first, position + 1)
-                scores = torch.einsum("hd,thd->ht", q, k[seen]) * self.shape.head_dim**-0.5
-                outs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen]))
-                keys.append(self.rotate(self.k[token], position))
-                token += 1
-        return torch.stack(keys), torch.stack(outs)
-
-    def new_slots(self):
-        return [
-            self.slot(table, position)
-            for (num_new, seq_len), table in zip(self.lens, self.tables, strict=True)
-            for position in range(seq_len - num_new, seq_len)
-        ]
 
 
 def mixed_lens(block_size):
@@ -148,29 +36,12 @@ def mixed_lens(block_size):
     return lens
 
 
-def pairwise_shapes():
-    """A set of shapes in which every two values of two dimensions meet, chosen greedily."""
-    values = [(16, 32), (8, 16, 64, 128), (1, 2, 8), (1, 4, 7, 8), tuple(TOLERANCE), (0, 24)]
-    combos = list(itertools.product(*values))
-    random.Random(1).shuffle(combos)
-    pairs = {c: set(itertools.combinations(enumerate(c), 2)) for c in combos}
-    missing, shapes = set().union(*pairs.values()), []
-    while missing:
-        best = max(combos, key=lambda c: len(pairs[c] & missing))
-        missing -= pairs[best]
-        shapes.append(Shape(*best))
-    return shapes
-
-
-def assert_close(out, expected, dtype):
-    atol, rtol = TOLERANCE[dtype]
-    torch.testing.assert_close(out.double(), expected, atol=atol, rtol=rtol)
+DIMS = pairwise((16, 32), (8, 16, 64, 128), (1, 2, 8), (1, 4, 7, 8), tuple(TOLERANCE), (0, 24))
+SHAPES = [Shape(*dims) for dims in DIMS]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(
-    "shape", pairwise_shapes(), ids=lambda s: "-".join(map(str, vars(s).values()))
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, vars(s).values())))
 def test_backend_equals_dense_float64(shape, name):
     world = World(shape, mixed_lens(shape.block_size))
     before = world.cache.blocks.clone()
@@ -264,7 +135,7 @@ def test_all_16_bit_patterns_pass_through_the_cpu_pool(dtype):
     patterns = torch.arange(65536).to(torch.uint16).view(dtype).view(1024, 4, 16)
     pool = np.zeros((65, 1, 2, 4, 16, 16), np.uint16)
     bits = patterns.view(torch.uint16).numpy()
-    kind = kernels.BFLOAT16 if dtype == torch.bfloat16 else kernels.FLOAT16
+    kind = jit.BFLOAT16 if dtype == torch.bfloat16 else jit.FLOAT16
     angles = np.zeros((2, 1024, 8), np.float32) + np.array([1, 0], np.float32)[:, None, None]
     q_out, slots = np.full((1024, 4, 16), np.nan, np.float32), np.arange(16, 1040)
 
@@ -287,7 +158,7 @@ def test_keys_are_rounded_to_nearest_even(dtype):
     values = (torch.randn(4096, 8, generator=generator) * scales).clamp(-65519, 65519)
     ones = torch.ones(4096, 1, 16, dtype=dtype)
     bits = ones.view(torch.uint16).numpy()
-    kind = kernels.BFLOAT16 if dtype == torch.bfloat16 else kernels.FLOAT16
+    kind = jit.BFLOAT16 if dtype == torch.bfloat16 else jit.FLOAT16
     pool = np.zeros((257, 1, 2, 1, 16, 16), np.uint16)
     q_out, slots = np.empty((4096, 1, 16), np.float32), np.arange(16, 4112)
 
@@ -338,8 +209,8 @@ def test_a_warm_backend_compiles_nothing_more():
 
 
 WARM_START = """
-from kvchat.attention import cpu_kernels as kernels
-kernels.compile_kernels(kernels.FLOAT32, lambda done, total: None)
+from kvchat.attention import cpu_jit as jit, cpu_kernels as kernels
+kernels.compile_kernels(jit.FLOAT32, False, lambda done, total: None)
 all = (kernels.rope_write, kernels.attend_splits, kernels.merge_splits, kernels.gather_blocks)
 print([sum(kernel.stats.cache_misses.values()) for kernel in all])
 """
@@ -356,7 +227,7 @@ def run_python(code, **environment):
 
 
 def test_a_second_process_finds_the_kernels_compiled():
-    kernels.compile_kernels(kernels.FLOAT32, lambda done, total: None)
+    kernels.compile_kernels(jit.FLOAT32, False, lambda done, total: None)
 
     done = run_python(WARM_START)
 

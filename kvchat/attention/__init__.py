@@ -19,7 +19,7 @@ class AttentionBatch:
     """One step as a backend sees it; sequences in row order, their new tokens one after another.
 
     query_lens[i] new tokens of sequence i end at position seq_lens[i] - 1. block_tables[i] holds
-    one entry per block_size positions (a native entry equals its block id).
+    one entry per block_size positions, as kv/layout packs it (a native one equals its block id).
     """
 
     query_lens: list[int]
@@ -35,7 +35,8 @@ class AttentionBatch:
 class AttentionBackend(Protocol):
     """What the decoder calls. Tensors are in the pool's dtype unless said.
 
-    bytes_gathered counts the bytes of K and V copied out of the pool so far (scratch for chunks).
+    bytes_gathered counts the bytes of the pool, as they are stored and with their scales, whose K
+    and V were copied out of it so far (scratch for chunks).
     """
 
     bytes_gathered: int

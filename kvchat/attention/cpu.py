@@ -1,9 +1,9 @@
 """The cpu backend: kernels read the blocks in place; only a long chunk gathers its own sequence.
 
 New tokens that come one or a few at a time (decodes) go through compiled loops over the pool. A
-longer chunk copies one layer of its one sequence into a scratch and uses torch's attention. Both
-kinds may stand in a step, in any order, and a row's result does not depend on its neighbours:
-splits have a fixed size and are merged in the order of their positions.
+longer chunk copies one layer of its one sequence into a scratch, decoded, and uses torch's
+attention. Both kinds may stand in a step, in any order, and a row's result does not depend on its
+neighbours: splits have a fixed size and are merged in the order of their positions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvchat.attention import AttentionBatch
+from kvchat.attention import cpu_jit as jit
 from kvchat.attention import cpu_kernels as kernels
 from kvchat.attention.rope import RopeTable
-from kvchat.attention.slots import plan_positions, plan_slots
+from kvchat.attention.slots import CODEC_SHIFT, plan_positions, plan_slots
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
+from kvchat.kv.codecs import rotation_signs, rotation_size
+from kvchat.kv.layout import K_GROUP, Codec, v_group
 
 _KINDS = {
-    torch.float32: kernels.FLOAT32,
-    torch.bfloat16: kernels.BFLOAT16,
-    torch.float16: kernels.FLOAT16,
+    torch.float32: jit.FLOAT32,
+    torch.bfloat16: jit.BFLOAT16,
+    torch.float16: jit.FLOAT16,
 }
 SPLIT_TOKENS = 512  # positions of one unit of work; a multiple of the longest span (8 * 32)
 # A chunk of more is gathered. About there one pass of torch's attention for all of its tokens costs
@@ -44,10 +47,10 @@ _MIN_SHARED_WORK = 1_000_000
 class _Work:
     """What the kernels do in a step, for layers of one window."""
 
-    splits: kernels.Ints  # [S, 4] see attend_splits
+    splits: jit.Ints  # [S, 4] see attend_splits
     bounds: list[int]  # shares of the S * num_kv_heads units, one a thread
-    sums: kernels.Floats  # [S, num_heads, head_dim]
-    stats: kernels.Floats  # [S, num_heads, 2]
+    sums: jit.Floats  # [S, num_heads, head_dim]
+    stats: jit.Floats  # [S, num_heads, 2]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class _Chunk:
     first: int
     last: int
     seq_len: int
-    table: kernels.Table
+    table: jit.Table
 
 
 class CpuBackend:
@@ -70,6 +73,12 @@ class CpuBackend:
         self._dtype = cache.blocks.dtype
         self._kind = _KINDS[self._dtype]
         self._pool = _as_array(cache.blocks)
+        self._has_codes = cache.layout.lowest != Codec.NATIVE
+        self._payload = cache.payload.numpy()
+        self._side = cache.side.view(torch.uint16).numpy() if self._has_codes else None
+        dim = cache.spec.head_dim
+        self._v_group = v_group(dim) if self._has_codes else dim
+        self._signs = (rotation_signs(dim) * rotation_size(dim) ** -0.5).numpy()
         self._rope = rope
         self._num_threads = torch.get_num_threads()
         # The calling thread takes the first share.
@@ -77,7 +86,7 @@ class CpuBackend:
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """Compile or load this pool's kernels."""
-        kernels.compile_kernels(self._kind, progress)
+        kernels.compile_kernels(self._kind, self._has_codes, progress)
 
     def plan(self, batch: AttentionBatch) -> None:
         """Slots and angles of the new tokens; who goes through the kernels and who is gathered."""
@@ -101,6 +110,9 @@ class CpuBackend:
                 entries += used
             first += num_new
         self._tables = np.array(entries, np.int32)
+        # Queries are rotated for INT8 keys alone.
+        has_int8 = bool((self._tables >> CODEC_SHIFT == Codec.INT8).any())
+        self._rotated_tokens = np.array([token_idx for token_idx, _, _ in rows if has_int8], int)
         windows = set(self._config.layer_windows) or {0}
         self._work = {window: self._plan_work(rows, window) for window in windows} if rows else {}
         num_blocks = max((chunk.table.size for chunk in self._chunks), default=0)
@@ -163,15 +175,16 @@ class CpuBackend:
         sums = np.empty((*heads, config.head_dim), np.float32)
         return _Work(splits, bounds, sums, np.empty((*heads, 2), np.float32))
 
-    def _attend_rows(
-        self, layer_idx: int, q: kernels.Floats, out: kernels.Floats, work: _Work
-    ) -> None:
+    def _attend_rows(self, layer_idx: int, q: jit.Floats, out: jit.Floats, work: _Work) -> None:
         """Fill the rows of out that `work` names. q, out: [num_tokens, num_heads, head_dim]."""
-        scale = self._config.attention_scale * math.log2(math.e)
+        scale, rotated_q = self._config.attention_scale * math.log2(math.e), q
+        if self._rotated_tokens.size:
+            rotated_q = np.empty_like(q)
+            kernels.rotate_heads(rotated_q, q, self._rotated_tokens, self._signs)
         self._share_out(
             lambda first, last: kernels.attend_splits(
-                work.sums, work.stats, q, self._pool, layer_idx, self._tables, work.splits,
-                scale, self._kind, first, last,
+                work.sums, work.stats, q, rotated_q, self._pool, self._payload, self._side,
+                self._v_group, layer_idx, self._tables, work.splits, scale, self._kind, first, last,
             ),
             work.bounds,
         )  # fmt: skip
@@ -217,16 +230,35 @@ class CpuBackend:
         num_shares = min(self._num_shares(scratch.size), num_units)
         self._share_out(
             lambda first, last: kernels.gather_blocks(
-                scratch, self._pool, layer_idx, table, last_tokens, self._kind, first, last
+                scratch, self._pool, self._payload, self._side, self._signs, self._v_group,
+                layer_idx, table, last_tokens, self._kind, first, last,
             ),
             [num_units * i // num_shares for i in range(num_shares + 1)],
-        )
+        )  # fmt: skip
         first_key = skipped * spec.block_size
-        num_tokens = chunk.seq_len - first_key
-        bytes_per_head = num_tokens * spec.head_dim * self._pool.itemsize
-        self.bytes_gathered += 2 * spec.num_kv_heads * bytes_per_head
+        self.bytes_gathered += spec.num_kv_heads * self._head_bytes(table, skipped, last_tokens)
         k, v = torch.from_numpy(scratch).flatten(2, 3)
         return first_key, k, v
+
+    def _head_bytes(self, table: jit.Table, skipped: int, last_tokens: int) -> int:
+        """Bytes of one layer and kv head that hold the entries in `table`, scales included.
+
+        The first stands `skipped` entries after its sequence's; the last holds last_tokens.
+        """
+        block_size, dim = self._spec.block_size, self._spec.head_dim
+        codecs = table >> CODEC_SHIFT
+        is_int4 = codecs == Codec.INT4
+        num_native, num_int8, num_int4 = (
+            int((codecs == codec).sum()) * block_size for codec in Codec
+        )
+        if codecs[-1] == Codec.NATIVE:
+            num_native -= block_size - last_tokens
+        size = 2 * num_native * dim * self._pool.itemsize + 2 * num_int8 * (dim + 2)
+        if num_int4:
+            positions = (skipped + np.flatnonzero(is_int4)) * block_size
+            num_groups = np.unique(positions // K_GROUP).size
+            size += num_int4 * (dim + 2 * dim // self._v_group) + num_groups * (3 * dim + 2)
+        return size
 
     def _num_shares(self, work: int) -> int:
         return self._num_threads if work >= _MIN_SHARED_WORK else 1
@@ -240,6 +272,6 @@ class CpuBackend:
             other.result()
 
 
-def _as_array(x: Tensor) -> kernels.Elements:
+def _as_array(x: Tensor) -> jit.Elements:
     """x without a copy; 16-bit floats as the uint16 that hold them."""
     return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()

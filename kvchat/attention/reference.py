@@ -1,4 +1,5 @@
-"""The oracle: torch, gathered blocks, dense softmax in float32. Slow and obvious on purpose."""
+"""The oracle: torch, blocks gathered and decoded, dense softmax in float32. Slow and obvious on
+purpose."""
 
 from __future__ import annotations
 
@@ -9,9 +10,17 @@ from torch import Tensor
 
 from kvchat.attention import AttentionBatch
 from kvchat.attention.rope import RopeTable, apply_rope
-from kvchat.attention.slots import plan_positions, plan_slots
+from kvchat.attention.slots import (
+    BLOCK_ID_MASK,
+    CODEC_SHIFT,
+    SPAN_INDEX_MASK,
+    plan_positions,
+    plan_slots,
+)
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
+from kvchat.kv.codecs import decode
+from kvchat.kv.layout import BLOCK_ID_BITS, Codec
 
 
 class ReferenceBackend:
@@ -57,11 +66,28 @@ class ReferenceBackend:
         return torch.cat(out).to(self._cache.blocks.dtype)
 
     def _gather(self, layer_idx: int, seq_idx: int) -> tuple[Tensor, Tensor]:
-        """K and V of one sequence, each [num_kv_heads, seq_len, head_dim]."""
-        blocks = self._cache.layer(layer_idx)[self._tables[seq_idx]]
-        self.bytes_gathered += blocks.nbytes
-        k, v = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self._batch.seq_lens[seq_idx]]
+        """K and V of one sequence, float32, each [num_kv_heads, seq_len, head_dim]."""
+        spec, entries = self._cache.spec, self._tables[seq_idx]
+        shape = (2, spec.num_kv_heads, entries.numel(), spec.block_size, spec.head_dim)
+        kv, codecs = torch.empty(shape, device=entries.device), entries >> CODEC_SHIFT
+        for codec in Codec:
+            is_codec = codecs == codec
+            if is_codec.any():
+                kv[:, :, is_codec] = self._decode(layer_idx, codec, entries[is_codec])
+        k, v = kv.flatten(2, 3)[:, :, : self._batch.seq_lens[seq_idx]]
         return k, v
+
+    def _decode(self, layer_idx: int, codec: Codec, entries: Tensor) -> Tensor:
+        """K and V of entries of one codec: float32 [2, num_kv_heads, entries, T, head_dim]."""
+        layout, block_size = self._cache.layout, self._cache.spec.block_size
+        ids, places = (entries & BLOCK_ID_MASK).unique(return_inverse=True)
+        payload, side = self._cache.payload[ids, layer_idx], self._cache.side[ids, layer_idx]
+        self.bytes_gathered += payload.nbytes + side[..., : layout.side_used(codec)].nbytes
+        kv = torch.stack(decode(codec, payload, side, layout))  # [2, blocks, heads, S, head_dim]
+        spans = kv.unflatten(3, (-1, block_size))
+        span_idxs = entries >> BLOCK_ID_BITS & SPAN_INDEX_MASK
+        picked: Tensor = spans[:, places, :, span_idxs]  # indexed dims first
+        return picked.permute(1, 2, 0, 3, 4)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from kvchat.attention import AttentionBatch
-from kvchat.kv.layout import BLOCK_ID_BITS
+from kvchat.kv.layout import BLOCK_ID_BITS, SPAN_INDEX_BITS
+
+# The parts of a table's entry, for arrays of them: codec, index in the span, block id.
+CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
+SPAN_INDEX_MASK = (1 << SPAN_INDEX_BITS) - 1
+BLOCK_ID_MASK = (1 << BLOCK_ID_BITS) - 1
 
 
 def plan_positions(batch: AttentionBatch) -> list[int]:
