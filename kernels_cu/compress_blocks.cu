@@ -288,8 +288,7 @@ template <int SOURCE>
 __device__ __forceinline__ void encode_keys(Int4Shared<SOURCE>* shared, u8* piece, int group,
                                             const float* signs) {
     int warp = threadIdx.x / 32;
-    find_ranges(shared, signs);
-    __syncthreads();
+    find_ranges(shared, signs);  // a channel's range is its own thread's in both
     make_grids(shared, piece, group);
     for (int row = warp; row < K_GROUP; row += NUM_WARPS) {
         float x[ROW_REGS];
