@@ -18,7 +18,8 @@
 // How a test launches one, on the emulator: tests/emulator.py
 //     kernel = emulated("name", HEAD_DIM=64, SCALAR_BF16=0)     (-DARCH: 800, or ARCH=750)
 //     kernel(grid, block, [out, x, 3, x.stride(0)], shared_bytes)     torch CPU tensors
-//   and on a GPU: kvchat/attention/kernels.py, load("name", defines).launch(grid, block, ...).
+//   and on a GPU: kvchat/attention/kernels.py, load_kernel("name.cu", "name_kernel", defines), then
+//     .launch(grid, block, args, shared_bytes); tests/machines.py runs one test on both.
 #pragma once
 
 #ifdef KVCHAT_EMULATOR
@@ -99,6 +100,15 @@ __device__ __forceinline__ uint2 load8_stream(const void* address) {
                  : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #endif
+}
+
+// x, of which the compiler knows nothing: what is computed from it is not computed ahead of a loop
+// and kept in registers that the loop needs.
+__device__ __forceinline__ int opaque(int x) {
+#ifndef KVCHAT_EMULATOR
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 // ---- numbers ------------------------------------------------------------------------------------

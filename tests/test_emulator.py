@@ -213,8 +213,9 @@ FAULTS = {
 }
 
 
-def run_faults(fault):
+def run_faults(fault, has_reversed_blocks=False):
     kernel = emulated("faults", folder=ROOT / "tests" / "kernels")
+    kernel.has_reversed_blocks = has_reversed_blocks
     out = torch.full((64,), float("nan"))
     kernel((2,), (64,), [out, torch.arange(64.0), fault], 256)
     return out
@@ -232,3 +233,12 @@ def test_what_is_ordered_by_barriers_fences_and_atomics_is_no_fault():
     assert torch.equal(run_faults(0), ((63 - torch.arange(64)) ^ 1).float() + 64)
     assert torch.equal(run_faults(52), torch.arange(64.0))
     assert run_faults(53)[6] == 0.0
+
+
+def test_blocks_run_from_either_end():
+    # Here the second block reads what the first, in its turn, has yet to write.
+    assert torch.equal(run_faults(51, has_reversed_blocks=True), torch.arange(64.0))
+    with pytest.raises(EmulatorError, match=r"block \(1, 0, 0\).*two blocks write"):
+        run_faults(50)
+    with pytest.raises(EmulatorError, match=r"block \(0, 0, 0\).*two blocks write"):
+        run_faults(50, has_reversed_blocks=True)
