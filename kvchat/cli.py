@@ -222,6 +222,15 @@ def plan(show: Show, **flags: Any) -> None:  # noqa: ANN401
     show.answer(answer(PlanFlags(**{**flags, "model": model})) + "\n", is_last=True)
 
 
+@bench.command()
+@click.pass_obj
+def capacity(show: Show) -> None:
+    """Turns of eight growing chats that one pool serves native, with auto and with auto4."""
+    from kvchat.bench.capacity import format_capacity, run_capacity_bench
+
+    show.answer(format_capacity(run_capacity_bench()) + "\n", is_last=True)
+
+
 def _chat(runtime: Runtime, use_color: bool) -> int:
     from kvchat.terminal.repl import Repl
     from kvchat.terminal.screen import Terminal
