@@ -10,7 +10,7 @@ from kvchat.config import DTYPE_BYTES, KVSpec
 from kvchat.errors import CapacityError
 from kvchat.kv import cache as cache_module
 from kvchat.kv import codecs
-from kvchat.kv.block_pool import CompressSpan, CopyBlock
+from kvchat.kv.block_ops import CompressSpan, CopyBlock, ParkBlock, RestoreBlock
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
 
@@ -197,6 +197,43 @@ def test_the_bytes_encoded_at_a_time_change_no_bit(monkeypatch, encode_bytes):
     assert sum(sizes) == 9 * 3 * one_layer
     assert torch.equal(pieces.payload, whole.payload)
     assert torch.equal(pieces.side, whole.side)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_parked_blocks_of_every_codec_come_back_bit_for_bit(dtype):
+    full = filled_cache(dtype)
+    cache = KVCache(full.spec, full.num_blocks, lowest=Codec.INT4, num_host_slots=4)
+    cache.payload.copy_(full.payload)
+    cache.side.copy_(full.side)
+    num_8, num_4 = cache.layout.span_blocks[1:]
+    natives = tuple(range(1, 1 + num_4))
+    cache.apply(
+        [
+            CompressSpan(natives[:num_8], Codec.NATIVE, 20, Codec.INT8),
+            CompressSpan(natives, Codec.NATIVE, 21, Codec.INT4),
+        ]
+    )
+    payload, side = snapshot(cache)
+
+    cache.apply([ParkBlock(20, 3), ParkBlock(21, 0), ParkBlock(9, 1)])
+    assert all(map(torch.equal, snapshot(cache), (payload, side)))
+    for block_id in (20, 21, 9):
+        cache.blocks[block_id], cache.side[block_id] = -1.0, 0
+    # In order: a slot is read before it is taken again, a block before it is overwritten.
+    cache.apply([RestoreBlock(3, 30), ParkBlock(8, 3), RestoreBlock(0, 8), RestoreBlock(1, 31)])
+    cache.apply([RestoreBlock(3, 32)])
+
+    for src, dst in ((20, 30), (21, 8), (9, 31), (8, 32)):
+        assert torch.equal(cache.payload[dst], payload[src])
+        assert torch.equal(cache.side[dst], side[src])
+    assert cache.num_host_bytes == 4 * cache.layout.bytes_per_block
+    assert not cache.payload[0].any()
+
+
+def test_without_slots_nothing_is_reserved_on_the_host():
+    assert KVCache(SPEC, 4).num_host_bytes == 0
+    with pytest.raises(CapacityError, match=r"\d+ bytes of main memory .*; lower --host-mem"):
+        KVCache(SPEC, 4, num_host_slots=1 << 50)
 
 
 def test_an_audit_counts_every_byte_once():

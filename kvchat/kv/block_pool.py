@@ -29,6 +29,7 @@ from itertools import pairwise
 from typing import Literal
 
 from kvchat.config import NULL_BLOCK_ID
+from kvchat.kv.block_ops import BlockOp, CompressSpan, CopyBlock, RestoreBlock
 from kvchat.kv.counters import PoolCounters
 from kvchat.kv.integrity import check_blocks, check_sequences, check_span
 from kvchat.kv.layout import (
@@ -41,29 +42,6 @@ from kvchat.kv.layout import (
 )
 from kvchat.kv.prefix import Prefix, PrefixIndex
 
-
-@dataclass(frozen=True, slots=True)
-class CopyBlock:
-    """Copy all of block `src` to block `dst`, before anything is written in this step."""
-
-    src: int
-    dst: int
-
-
-@dataclass(frozen=True, slots=True)
-class CompressSpan:
-    """Encode the tokens of blocks `srcs`, in order of position, into block `dst`.
-
-    All srcs are of codec `src_codec`; dst is none of them and becomes one of `codec`.
-    """
-
-    srcs: tuple[int, ...]
-    src_codec: Codec
-    dst: int
-    codec: Codec
-
-
-BlockOp = CopyBlock | CompressSpan  # what the tensors' owner must do, in order of emission
 BlockState = int | Literal["null", "free", "cached"]  # an int is a live block's ref_count
 
 
@@ -141,6 +119,10 @@ class BlockPool:
         """How a live or cached block stores its tokens."""
         return self._codecs[block_id]
 
+    def is_findable(self, block_id: int) -> bool:
+        """Whether the block has a key, so that whoever has its text may share it."""
+        return self._prefixes[block_id] is not None
+
     def map(self) -> list[BlockState]:
         """The state of every block, by id."""
         states: list[BlockState] = [n or "free" for n in self._ref_counts]
@@ -201,8 +183,7 @@ class BlockPool:
     def unseal(self, seq: Sequence) -> None:
         """Take the keys of all blocks of seq: what they hold is not to be trusted any more."""
         for block_id in block_ids(seq.table):
-            if self._prefixes[block_id] is not None:
-                self._forget(block_id)
+            self._forget(block_id)
 
     def fork(self, seq: Sequence, num_tokens: int) -> Sequence:
         """A second sequence over seq's first num_tokens positions, sharing all of their blocks.
@@ -285,8 +266,7 @@ class BlockPool:
         is_sealed = all(self._prefixes[src] is not None for src in srcs)
         prefix = self._prefixes[srcs[-1]]
         for src in reversed(srcs):
-            if self._prefixes[src] is not None:
-                self._forget(src)
+            self._forget(src)
             self._ref_counts[src] = 0
             self._recycled.append(src)
         self._ref_counts[dst] = len(holders)
@@ -299,10 +279,38 @@ class BlockPool:
         self.counters.count_compression(src_codec, codec, len(srcs) - 1)
         return CompressSpan(tuple(srcs), src_codec, dst, codec)
 
-    def distrust(self, op: CompressSpan) -> None:
-        """Take the key of a block that was not encoded after all; its holders are to be freed."""
-        if self._prefixes[op.dst] is not None:
-            self._forget(op.dst)
+    def adopt(
+        self, seq: Sequence, codec: Codec, token_ids: list[int], is_findable: bool
+    ) -> int | None:
+        """Take a block of `codec` for the tokens (counted from position 0) behind seq's whole
+        blocks; None when none is free. Only a native one may be left with room. The caller fills it
+        with what another block held. A full one is sealed, and keyed if it is to be findable.
+        """
+        start, num_entries = len(seq.table), self.span_blocks[codec]
+        capacity = (start + num_entries) * self.block_size
+        end = min(capacity, len(token_ids))
+        is_full = end == capacity
+        assert seq.num_sealed == start and start % num_entries == 0, f"{codec!r} after {seq=}"
+        assert end > seq.num_tokens and (is_full or codec == Codec.NATIVE), f"{end=} {codec!r}"
+        if not self.num_free:
+            return None
+        block_id = self._take()
+        self._codecs[block_id] = codec
+        seq.table += [pack_entry(block_id, codec, i) for i in range(num_entries)]
+        seq.num_tokens, seq.num_blocks = end, seq.num_blocks + 1
+        if is_full:
+            for idx in range(start, start + num_entries):
+                seq.prefix = prefix = self._index.extend(seq.prefix, token_ids, idx)
+            seq.num_sealed += num_entries
+            if first := self._index.lookup(prefix, codec):
+                seq.prefix = first[1]
+            elif is_findable:
+                self._index.add(block_id, prefix, codec)
+        return block_id
+
+    def distrust(self, op: CompressSpan | RestoreBlock) -> None:
+        """Take the key of a block that was not written after all; its holders are to be freed."""
+        self._forget(op.dst)
         if op.dst in self._cached:
             del self._cached[op.dst]
             self._recycled.append(op.dst)
@@ -386,5 +394,6 @@ class BlockPool:
                 self._cached[block_id] = None
 
     def _forget(self, block_id: int) -> None:
-        """Take a sealed block's key."""
-        self._index.forget(block_id, self._codecs[block_id])
+        """Take a block's key, if it has one."""
+        if self.is_findable(block_id):
+            self._index.forget(block_id, self._codecs[block_id])

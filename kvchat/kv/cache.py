@@ -11,7 +11,7 @@ from torch import Tensor
 from kvchat.config import NULL_BLOCK_ID, KVSpec
 from kvchat.errors import CapacityError
 from kvchat.kv import codecs
-from kvchat.kv.block_pool import BlockOp, CompressSpan, CopyBlock
+from kvchat.kv.block_ops import BlockOp, CompressSpan, CopyBlock, ParkBlock, RestoreBlock
 from kvchat.kv.layout import BlockLayout, Codec
 
 # Float32 K and V encoded at a time: a few times this is the scratch, and it fits a CPU's cache.
@@ -28,11 +28,13 @@ class PoolBytes:
 
 
 class KVCache:
-    """Two tensors for the whole run; their strides are the layout that every backend is told.
+    """The tensors for the whole run; their strides are the layout that every backend is told.
 
     blocks: [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim] in spec.dtype.
     payload: the same memory as uint8 [num_blocks, num_layers, 2, num_kv_heads, part_bytes].
     side: scales and zeros, uint8 [num_blocks, num_layers, num_kv_heads, side_bytes].
+    host_payload, host_side: the same of num_host_slots parked blocks, in main memory (pinned where
+    the device is a GPU, so that it copies without the CPU).
     On a CPU the memory is reserved and not touched, so that memory in use grows with the chats;
     the null block is zero and stays zero.
     """
@@ -43,6 +45,7 @@ class KVCache:
         num_blocks: int,
         device: torch.device | str = "cpu",
         lowest: Codec = Codec.NATIVE,
+        num_host_slots: int = 0,
     ) -> None:
         self.spec = spec
         self.layout = BlockLayout(spec, lowest)
@@ -59,6 +62,20 @@ class KVCache:
         self.payload = self.blocks.view(torch.uint8).flatten(-2)
         self.payload[NULL_BLOCK_ID].zero_()
         self.side[NULL_BLOCK_ID].zero_()
+        self._reserve_host(num_host_slots)
+
+    def _reserve_host(self, num_slots: int) -> None:
+        is_pinned = num_slots > 0 and self.blocks.is_cuda
+        shapes = [(num_slots, *x.shape[1:]) for x in (self.payload, self.side)]
+        try:
+            self.host_payload, self.host_side = (
+                torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned) for shape in shapes
+            )
+        except RuntimeError as error:
+            size = num_slots * self.layout.bytes_per_block
+            raise CapacityError(
+                f"{size} bytes of main memory could not be reserved; lower --host-mem"
+            ) from error
 
     @property
     def num_blocks(self) -> int:
@@ -69,6 +86,11 @@ class KVCache:
     def num_bytes(self) -> int:
         """Bytes reserved: exactly num_blocks * layout.bytes_per_block."""
         return self.blocks.nbytes + self.side.nbytes
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Bytes reserved in main memory for parked blocks."""
+        return self.host_payload.nbytes + self.host_side.nbytes
 
     def layer(self, layer_idx: int) -> Tensor:
         """A view of one layer: [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
@@ -89,11 +111,18 @@ class KVCache:
     def apply(self, ops: list[BlockOp]) -> None:
         """Do the block operations, in order: one may read what one before it wrote."""
         for run in _runs(ops):
-            if isinstance(run, CopyBlock):
+            if isinstance(run, list):
+                self._compress(run)
+            elif isinstance(run, CopyBlock):
                 self.payload[run.dst].copy_(self.payload[run.src])
                 self.side[run.dst].copy_(self.side[run.src])
+            # In the order of the device's stream, which alone looks at the slots.
+            elif isinstance(run, ParkBlock):
+                self.host_payload[run.slot].copy_(self.payload[run.src], non_blocking=True)
+                self.host_side[run.slot].copy_(self.side[run.src], non_blocking=True)
             else:
-                self._compress(run)
+                self.payload[run.dst].copy_(self.host_payload[run.slot], non_blocking=True)
+                self.side[run.dst].copy_(self.host_side[run.slot], non_blocking=True)
 
     def _compress(self, ops: list[CompressSpan]) -> None:
         """Do ops of one kind in pieces of about ENCODE_BYTES: many spans, or some layers of one."""
@@ -121,7 +150,10 @@ class KVCache:
             self.side[op.dst, layers].copy_(op_side)
 
 
-def _runs(ops: list[BlockOp]) -> Iterator[CopyBlock | list[CompressSpan]]:
+_Move = CopyBlock | ParkBlock | RestoreBlock
+
+
+def _runs(ops: list[BlockOp]) -> Iterator[_Move | list[CompressSpan]]:
     """The operations in order; compressions of one kind that follow each other come together
     unless one reads or writes what another of them wrote.
     """

@@ -136,8 +136,8 @@ MUTANTS = [
     _mutant(
         "unseal of the last block only",
         (
-            "for block_id in block_ids(seq.table):\n            if self",
-            "for block_id in block_ids(seq.table)[-1:]:\n            if self",
+            "for block_id in block_ids(seq.table):\n            self._f",
+            "for block_id in block_ids(seq.table)[-1:]:\n            self._f",
         ),
     ),
     index_mutant("weak hash believed", WEAK_HASH, COMPARE),
@@ -183,7 +183,7 @@ MUTANTS = [
     ),
     _mutant(
         "what was compressed keeps its key",
-        ("                self._forget(src)\n", "                pass\n"),
+        ("            self._forget(src)\n", ""),
     ),
     _mutant(
         "what was compressed is freed twice",
@@ -280,7 +280,7 @@ MUTANTS = [
     ),
     _mutant(
         "a block that was not encoded keeps its key",
-        ("            self._forget(op.dst)\n", "            pass\n"),
+        ("        self._forget(op.dst)\n", ""),
     ),
     _mutant(
         "a block that was not encoded stays cached without a key",
