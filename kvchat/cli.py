@@ -225,10 +225,13 @@ def plan(show: Show, **flags: Any) -> None:  # noqa: ANN401
 @bench.command()
 @click.pass_obj
 def capacity(show: Show) -> None:
-    """Turns of eight growing chats that one pool serves native, with auto and with auto4."""
+    """Turns of eight growing chats that one pool serves native, with auto and with auto4; and how
+    many times the tokens of native blocks their bytes hold, counted on real tensors."""
     from kvchat.bench.capacity import format_capacity, run_capacity_bench
+    from kvchat.bench.ratios import format_ratios, run_ratio_bench
 
-    show.answer(format_capacity(run_capacity_bench()) + "\n", is_last=True)
+    show.answer(format_capacity(run_capacity_bench()) + "\n\n", is_last=False)
+    show.answer(format_ratios(run_ratio_bench()) + "\n", is_last=True)
 
 
 def _chat(runtime: Runtime, use_color: bool) -> int:
