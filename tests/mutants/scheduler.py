@@ -17,6 +17,10 @@ def _memory(name: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, "kvchat.engine.memory", edits)
 
 
+def _ladder(name: str, *edits: tuple[str, str]) -> Mutant:
+    return Mutant(name, "kvchat.kv.ladder", edits)
+
+
 def _residents(name: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, "kvchat.engine.residents", edits)
 
@@ -162,5 +166,73 @@ MUTANTS = [
     _residents(
         "what is trimmed claims its slots on",
         ("self._cut(resident.seq, len(resident.token_ids))", "pass"),
+    ),
+]
+
+COMPRESSION_MUTANTS = [
+    _ladder(
+        "the window is not protected",
+        ("return start // block_size, end // block_size", "return start // block_size, num_sealed"),
+        (
+            "num_tokens = seq.num_sealed * block_size\n",
+            "num_sealed = seq.num_sealed\n        num_tokens = seq.num_sealed * block_size\n",
+        ),
+    ),
+    _ladder("the sinks are not protected", ("return start // block_size, end", "return 0, end")),
+    _ladder(
+        "a span in another's window is compressed",
+        ("if record.is_pinned or self._eligible(other)[1] < end:", "if record.is_pinned:"),
+    ),
+    _ladder(
+        "a span that a pinned session shares is compressed",
+        ("if record.is_pinned or self._eligible", "if self._eligible"),
+    ),
+    _ladder(
+        "a pinned session is compressed",
+        ("        if holder.is_pinned:\n            return None\n", ""),
+    ),
+    _ladder(
+        "the slice has no end", ("        return policy.is_eager or", "        return True or")
+    ),
+    _ladder(
+        "what was looked at once is never looked at again",
+        (
+            "        self._fresh[seq] = None\n        self._place = 0\n",
+            "        self._fresh.update({} if seq in self._cursors else {seq: None})\n"
+            "        self._place = 0\n",
+        ),
+    ),
+    _ladder(
+        "a span whose keeper is gone is forgotten",
+        ("            self._orphans[entry] = start\n\n    def note", "\n    def note"),
+    ),
+    _ladder(
+        "what the upper rung leaves is not seen below",
+        ("if span.codec == self._src:", "if False:"),
+    ),
+    _ladder(
+        "a torn span stays torn",
+        ("if self._states(torn.seqs, torn.start) != torn.states:", "if False:"),
+    ),
+    _memory(
+        "somebody gives way though there is more to compress",
+        ("if self._ladder.is_spent or not", "if not"),
+    ),
+    _memory("the spans of a step are lost", ("        ops.append(compression.op)\n", "")),
+    _memory("a span that was not encoded is believed", ("self.pool.distrust(op)", "pass")),
+    _memory(
+        "who holds a span that was not encoded goes on",
+        (
+            "if request.seq is not None and not lost.isdisjoint",
+            "if request.seq and lost.isdisjoint",
+        ),
+    ),
+    _residents(
+        "a cut span keeps its tokens",
+        ("del token_ids[self._pool.num_kept(seq, num_wanted) :]", "del token_ids[num_wanted:]"),
+    ),
+    _scheduler(
+        "a fork is told it has all it asked for",
+        ("child, token_ids[: child.num_tokens]", "child, token_ids[:num_wanted]"),
     ),
 ]
