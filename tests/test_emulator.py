@@ -198,7 +198,7 @@ FAULTS = {
     12: "__shfl_sync by a lane that its mask leaves out",
     13: "divergence: lane 0 waits in movmatrix.trans",
     14: "write of 4 bytes outside every argument",
-    15: "outside every argument .null pointer.",
+    15: "outside every argument and shared memory .null pointer.",
     20: "a cp.async is in flight there .read",
     21: "a cp.async is in flight there .write",
     30: "a cp.async is in flight there .read",

@@ -10,17 +10,11 @@
 #include <stdio.h>
 #include <sys/mman.h>
 
-#include <memory>
 #include <vector>
 
 #include "fiber.h"
-#include "shadow.h"
+#include "memory.h"
 #include "warp_ops.h"
-
-extern "C" char __ehdr_start __attribute__((visibility("hidden")));
-extern "C" char _end __attribute__((visibility("hidden")));
-extern "C" char __start_emulated_shared __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_emulated_shared __attribute__((weak, visibility("hidden")));
 
 namespace emulator {
 
@@ -51,24 +45,16 @@ struct Thread {
     int num_groups;  // cp.async groups committed
 };
 
-struct Array {
-    uintptr_t base, num_bytes;
-    std::unique_ptr<Shadow> shadow;  // null: a const argument
-};
-
 Thread threads[MAX_THREADS];
 char* stacks;
 Fiber host;
 int current, num_threads, num_at_barrier, barrier_sum, num_exited;
-std::vector<Array> arrays;
-size_t last_array;
-std::vector<char> dynamic_memory;
-Shadow dynamic_shadow(false), static_shadow(false);
+Memory memory;
 Clock clock_now;  // its epoch goes on from block to block
-char message[2048], details[256];
+char message[2048];
 bool has_failed;
 int block_order;
-long long counts[4];  // bytes read from and written to global memory, mma, __syncthreads
+long long num_mma, num_barriers, counts[4];  // counts: as emulator_counts gives them
 void (*call_kernel)(void (*)(), void**);
 void (*kernel_entry)();
 void** kernel_args;
@@ -156,88 +142,41 @@ Access access_now(bool is_write, bool is_atomic) {
     return {clock_now.epoch, clock_now.warp_time[current], current, is_write, is_atomic};
 }
 
-void check_order(Shadow& shadow, size_t offset, int num_bytes, const Access& access,
-                 const void* pc) {
-    Conflict conflict = shadow.note(offset, num_bytes, access, clock_now);
-    if (!conflict.text) return;
-    const char* which = &shadow == &dynamic_shadow  ? "dynamic shared memory"
-                        : &shadow == &static_shadow ? "static shared memory"
-                                                    : "an argument";
-    int used = snprintf(details, sizeof details, "%s of %d bytes at byte %zu of %s",
-                        access.is_write ? "write" : "read", num_bytes, offset, which);
-    if (conflict.other >= 0) {
-        snprintf(details + used, sizeof details - used, ", by thread %d of the block",
-                 conflict.other);
-    }
-    stop(pc, "%s (%s)", conflict.text, details);
-}
-
-bool is_module(uintptr_t address) {
-    return address >= reinterpret_cast<uintptr_t>(&__ehdr_start) &&
-           address < reinterpret_cast<uintptr_t>(&_end);
-}
-
-void check_global(uintptr_t address, int num_bytes, const Access& access, const void* pc) {
-    bool is_write = access.is_write;
-    for (size_t tried = 0; tried < arrays.size(); ++tried) {
-        size_t idx = (last_array + tried) % arrays.size();
-        const Array& array = arrays[idx];
-        if (address - array.base >= array.num_bytes) continue;
-        if (address + num_bytes > array.base + array.num_bytes) break;
-        last_array = idx;
-        if (is_write && !array.shadow) stop(pc, "write to a const argument");
-        counts[is_write] += num_bytes;
-        if (array.shadow) check_order(*array.shadow, address - array.base, num_bytes, access, pc);
-        return;
-    }
-    if (is_module(address)) return;
-    stop(pc, "%s of %d bytes outside every argument%s", is_write ? "write" : "read", num_bytes,
-         address < 4096 ? " (null pointer)" : "");
-}
-
-// The offset of an address in a region, or -1.
-long offset_in(uintptr_t address, const void* base, size_t num_bytes) {
-    uintptr_t offset = address - reinterpret_cast<uintptr_t>(base);
-    return offset < num_bytes ? long(offset) : -1;
-}
-
 void check(const void* pointer, int num_bytes, bool is_write, bool is_atomic, const void* pc,
            bool is_aligned = true) {
     uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-    if (offset_in(address, stacks + current * STACK_BYTES, STACK_BYTES) >= 0) return;
+    uintptr_t own_stack = reinterpret_cast<uintptr_t>(stacks + current * STACK_BYTES);
+    if (address - own_stack < STACK_BYTES) return;
     if (is_aligned && num_bytes <= 16 && address & (num_bytes - 1)) {
         stop(pc, "misaligned %s of %d bytes", is_write ? "write" : "read", num_bytes);
     }
-    Access access = access_now(is_write, is_atomic);
-    long offset = offset_in(address, dynamic_memory.data(), dynamic_shadow.size());
-    if (offset >= 0) {
-        if (offset + num_bytes > long(dynamic_shadow.size())) stop(pc, "beyond shared memory");
-        return check_order(dynamic_shadow, offset, num_bytes, access, pc);
-    }
-    offset = offset_in(address, &__start_emulated_shared, static_shadow.size());
-    if (offset >= 0) return check_order(static_shadow, offset, num_bytes, access, pc);
-    check_global(address, num_bytes, access, pc);
+    const char* error =
+        memory.check(pointer, num_bytes, access_now(is_write, is_atomic), clock_now);
+    if (error) stop(pc, "%s", error);
 }
 
 // The shadow and the offset of a shared address; stops when it is not one.
 Shadow& shared_at(const void* pointer, int num_bytes, size_t& offset, const void* pc) {
-    uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-    long found = offset_in(address, dynamic_memory.data(), dynamic_shadow.size());
-    Shadow* shadow = &dynamic_shadow;
-    if (found < 0) {
-        found = offset_in(address, &__start_emulated_shared, static_shadow.size());
-        shadow = &static_shadow;
-    }
-    if (found < 0 || found + num_bytes > long(shadow->size())) {
-        stop(pc, "%d bytes that are not in shared memory", num_bytes);
-    }
-    offset = found;
-    return *shadow;
+    const Region* region = memory.find_shared(pointer, num_bytes);
+    if (!region) stop(pc, "%d bytes that are not in shared memory", num_bytes);
+    offset = reinterpret_cast<uintptr_t>(pointer) - region->base;
+    return *region->shadow;
+}
+
+// A row that ldmatrix reads by the address of this thread.
+void check_row(const void* row, int thread, const void* pc) {
+    size_t offset;
+    shared_at(row, 16, offset, pc);
+    if (offset % 16) stop(pc, "ldmatrix of a misaligned row (lane %d)", thread % 32);
+    Access access = access_now(false, false);
+    access.thread = thread;
+    const char* error = memory.check(row, 16, access, clock_now);
+    if (error) stop(pc, "%s", error);
 }
 
 void release_barrier() {
     ++clock_now.epoch;
-    ++counts[3];
+    ++num_barriers;
     num_at_barrier = 0;
     for (int idx = 0; idx < num_threads; ++idx) threads[idx].state = State::RUNNABLE;
 }
@@ -248,8 +187,7 @@ void start_block() {
     clock_now.block_starts.push_back(clock_now.epoch);
     num_at_barrier = num_exited = barrier_sum = current = 0;
     for (Thread& thread : threads) thread.state = State::EXITED;  // lanes that do not exist, too
-    memset(dynamic_memory.data(), 0xff, dynamic_memory.size());
-    if (static_shadow.size()) memset(&__start_emulated_shared, 0xff, static_shadow.size());
+    memory.start_block();
     for (int idx = 0; idx < num_threads; ++idx) {
         Thread& thread = threads[idx];
         unsigned plane = now.block_dim.x * now.block_dim.y;
@@ -285,7 +223,7 @@ int sync_threads_count(int predicate) {
     return sum;
 }
 
-void* dynamic_shared() { return dynamic_memory.data(); }
+void* dynamic_shared() { return memory.dynamic(); }
 
 void collective(Op op, unsigned mask, Operands& operands) {
     Thread& thread = threads[current];
@@ -307,17 +245,12 @@ void collective(Op op, unsigned mask, Operands& operands) {
         if (!is_there) return yield();
         lanes[idx] = peer.operands;
     }
-    if (op >= MMA_16X8X16_F16 && op <= MMA_16X8X8_F16) ++counts[2];
+    if (op >= MMA_16X8X16_F16 && op <= MMA_16X8X8_F16) ++num_mma;
     bool is_whole = mask == 0xffffffffu;
     for (int idx = 0; idx < 32; ++idx) {
         if (!lanes[idx]) continue;
         if (op >= LDMATRIX_X1 && op <= LDMATRIX_X4_TRANS && idx < ldmatrix_rows(op)) {
-            size_t offset;
-            Shadow& shadow = shared_at(lanes[idx]->address, 16, offset, thread.pc);
-            if (offset % 16) stop(thread.pc, "ldmatrix of a misaligned row (lane %d)", idx);
-            Access access = access_now(false, false);
-            access.thread = first + idx;
-            check_order(shadow, offset, 16, access, thread.pc);
+            check_row(lanes[idx]->address, first + idx, thread.pc);
         }
         if (op == SYNC_WARP && is_whole) ++clock_now.warp_time[first + idx];
     }
@@ -348,10 +281,8 @@ void cp_async(void* dst, const void* src, int num_bytes, int src_bytes) {
     Shadow& shadow = shared_at(dst, num_bytes, offset, pc);
     uintptr_t bits = offset | (src_bytes ? reinterpret_cast<uintptr_t>(src) : 0);
     if (bits & (num_bytes - 1)) stop(pc, "misaligned cp.async of %d bytes", num_bytes);
-    if (src_bytes) {
-        check_global(reinterpret_cast<uintptr_t>(src), src_bytes, access_now(false, false), pc);
-    }
-    check_order(shadow, offset, num_bytes, access_now(true, false), pc);
+    if (src_bytes) check(src, src_bytes, false, false, pc);
+    check(dst, num_bytes, true, false, pc);
     shadow.set_pending(offset, num_bytes, true);
     memset(dst, 0xff, num_bytes);
     Thread& thread = threads[current];
@@ -398,10 +329,7 @@ int launch(void (*call)(void (*)(), void**), void (*kernel)(), void** args, cons
     call_kernel = call;
     kernel_entry = kernel;
     kernel_args = args;
-    // 16 bytes more, so that the end of one array is not the start of another
-    dynamic_memory.resize(shape[6] + 16);
-    dynamic_shadow.reset(shape[6]);
-    static_shadow.reset(&__stop_emulated_shared - &__start_emulated_shared);
+    memory.start_launch(shape[6]);
     clock_now.block_starts.clear();
     clock_now.fences.clear();
     int num_blocks = shape[0] * shape[1] * shape[2];
@@ -418,20 +346,21 @@ extern "C" {
 
 // Memory that the next launch may touch; called once per pointer argument.
 void emulator_add_array(void* base, unsigned long long num_bytes, int is_writable) {
-    arrays.push_back({reinterpret_cast<uintptr_t>(base), num_bytes, nullptr});
-    if (!is_writable) return;
-    arrays.back().shadow = std::make_unique<Shadow>(true);
-    arrays.back().shadow->reset(num_bytes);
+    memory.add_argument(base, num_bytes, is_writable);
 }
 void emulator_reset() {
-    arrays.clear();
-    memset(counts, 0, sizeof counts);
-    last_array = 0;
+    memory.clear_arguments();
+    num_mma = num_barriers = 0;
 }
 // Blocks from the first to the last (0), or from the last to the first (1).
 void emulator_set_order(int order) { block_order = order; }
 const char* emulator_error() { return message; }
-const long long* emulator_counts() { return counts; }
+// Bytes of arguments read and written, mma, __syncthreads, of the launches since the reset.
+const long long* emulator_counts() {
+    counts[0] = memory.num_read, counts[1] = memory.num_written;
+    counts[2] = num_mma, counts[3] = num_barriers;
+    return counts;
+}
 
 // What the compiler calls before each access: (address), by kind and size.
 #define HOOK(name, is_write, is_atomic, bytes, is_aligned)                                  \

@@ -48,17 +48,12 @@ struct Conflict {
 
 class Shadow {
   public:
-    explicit Shadow(bool is_global) : is_global_(is_global) {}
+    // Memory that is never touched costs nothing.
+    Shadow(bool is_global, size_t num_bytes)
+        : is_global_(is_global),
+          bytes_(static_cast<Byte*>(calloc(num_bytes ? num_bytes : 1, sizeof(Byte)))) {}
     ~Shadow() { free(bytes_); }
     Shadow(const Shadow&) = delete;
-
-    // Forgets everything. Memory that is never touched costs nothing.
-    void reset(size_t num_bytes) {
-        free(bytes_);
-        bytes_ = static_cast<Byte*>(calloc(num_bytes ? num_bytes : 1, sizeof(Byte)));
-        num_bytes_ = num_bytes;
-    }
-    size_t size() const { return num_bytes_; }
 
     void set_pending(size_t offset, int num_bytes, bool is_pending) {
         for (int idx = 0; idx < num_bytes; ++idx) bytes_[offset + idx].is_pending = is_pending;
@@ -140,8 +135,7 @@ class Shadow {
     }
 
     bool is_global_;
-    Byte* bytes_ = nullptr;
-    size_t num_bytes_ = 0;
+    Byte* bytes_;
 };
 
 }  // namespace emulator
