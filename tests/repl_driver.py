@@ -10,6 +10,7 @@ Waiting is for what the terminal shows, never for a time.
 """
 
 import asyncio
+from concurrent.futures import Future
 
 import pyte
 from prompt_toolkit.input import create_pipe_input
@@ -19,7 +20,9 @@ from kvchat.chat.runtime import Runtime
 from kvchat.chat.template import load_chat_format
 from kvchat.config import KVSpec, SchedulerConfig
 from kvchat.engine.build import EngineFacts
+from kvchat.engine.ledger import Ledger
 from kvchat.engine.stats import EngineStats, SessionKV
+from kvchat.kv.layout import Codec
 from kvchat.terminal.repl import Repl
 from kvchat.terminal.screen import Terminal
 
@@ -36,6 +39,9 @@ class TalkingEngine(ScriptedEngine):
     """A scripted engine that also tells about itself, as engine.Engine does."""
 
     num_generated = 0
+    owners = ("null", *[1] * 10, *["shared"] * 6, *["cached"] * 8, *["free"] * 40)
+    codecs = (Codec.NATIVE,) * 65
+    compressed: dict = {}  # by (from, to): spans
 
     def step(self, num_tokens: int = 1) -> bool:
         self.num_generated += num_tokens * len(self._running)
@@ -59,13 +65,23 @@ class TalkingEngine(ScriptedEngine):
             num_drops=0,
             num_copies=1,
             num_evictions=2,
+            num_compressions=self.compressed,
+            num_blocks_freed={kind: 3 * n for kind, n in self.compressed.items()},
         )
 
     def pool_map(self) -> list:
-        return ["null"] + [1] * 10 + ["shared"] * 6 + ["cached"] * 8 + ["free"] * 40
+        return list(self.owners)
+
+    def pool_codecs(self) -> list[Codec]:
+        return list(self.codecs)
 
     def session_kv(self, session_id: int) -> SessionKV:
-        return SessionKV(100, 7, 7 * 20_480)
+        return self.held.get(session_id, SessionKV(100, 7, 7 * 20_480))
+
+    def audit(self) -> Future[Ledger]:
+        """Answered when a script sets its result."""
+        self.answer: Future[Ledger] = Future()
+        return self.answer
 
 
 class EmulatedTerminal:
@@ -153,6 +169,7 @@ def play(
     use_color: bool = True,
     warnings=(),
     template=None,
+    facts=FACTS,
     **library_options,
 ) -> tuple[str, Person, int]:
     """Run `script` to its end; the transcript, the person and the REPL's exit code.
@@ -166,7 +183,7 @@ def play(
     engine = TalkingEngine(tokenizer)
     engine.num_cached_tokens = 1 << 20  # every history is in the pool still
     library = scripted_library(engine, **{"max_model_len": 512, **library_options})
-    runtime = Runtime(library, engine, FACTS, "test-model", "chatml", tuple(warnings))
+    runtime = Runtime(library, engine, facts, "test-model", "chatml", tuple(warnings))
     terminal = EmulatedTerminal(columns, rows)
     failures = []
     with create_pipe_input() as pipe:

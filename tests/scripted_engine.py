@@ -22,6 +22,7 @@ from kvchat.chat.template import ChatFormat, load_chat_format
 from kvchat.chat.tokenizer import Tokenizer, load_tokenizer
 from kvchat.config import SamplingParams
 from kvchat.engine.request import Event, Request, Shared
+from kvchat.engine.stats import SessionKV
 from kvchat.errors import CapacityError
 
 CHAT_MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -99,6 +100,7 @@ class ScriptedEngine:
         self.max_context = 1 << 30
         self.num_cached_tokens = 0  # what every request is said to have found computed
         self.num_lost_tokens = 0  # what every fork and trim is said to have cut
+        self.held: dict[int, SessionKV] = {}  # what sessions are said to hold, by id
         self.requests: list[Request] = []
         self.calls: list[tuple] = []
         self._running: dict[int, tuple[Request, list[int]]] = {}
@@ -145,6 +147,12 @@ class ScriptedEngine:
 
     def set_foreground(self, session_id: int | None) -> None:
         self.calls.append(("set_foreground", session_id))
+
+    def set_pinned(self, session_id: int, is_pinned: bool) -> None:
+        self.calls.append(("set_pinned", session_id, is_pinned))
+
+    def session_kv(self, session_id: int) -> SessionKV:
+        return self.held.get(session_id, SessionKV(0, 0, 0))
 
     def step(self, num_tokens: int = 1) -> bool:
         """Every running request says `num_tokens` more; False when none runs."""

@@ -6,17 +6,25 @@ import os
 import re
 import signal
 import stat
+from dataclasses import replace
 
 import pytest
 from chat_templates import QWEN3
-from repl_driver import play
+from repl_driver import FACTS, play
 
 from kvchat import paths
+from kvchat.config import KVPolicy
+from kvchat.engine.history import Compressed
+from kvchat.engine.ledger import Entry, Ledger
+from kvchat.engine.stats import CodecShare, SessionKV
+from kvchat.errors import CapacityError
+from kvchat.kv.layout import Codec
 from kvchat.terminal.screen import wrap_rows
 
 BANNER = """\
 kvchat 0.1.0  test-model  cpu float32
-context 512 tokens  pool 1.3 MiB for 1,024 tokens  chat format: chatml
+context 512 tokens  chat format: chatml
+pool 1.3 MiB, kv-cache native: 1,024 tokens
 not saved: chats end with this process  /help lists the commands
 """
 
@@ -461,8 +469,163 @@ def test_tables_and_the_pool():
         "> /pool\n"
         "AAAAAAAAAA******========........................................\n"
         "* shared 6  = cached 8  . free 40  A chat-1 10\n"
-        "a cell is 1 x 20.0 KiB, 16 tokens a block"
+        "a cell is 1 x 20.0 KiB, 16 tokens a block\n"
+        "pressure    2 evictions, 0 drops of idle chats, 0 preemptions"
     )
+
+
+def _compressing_facts():
+    policy = KVPolicy("auto", 128, 64, (1, 4), 2)
+    scheduler = replace(FACTS.scheduler, kv=policy)
+    return replace(FACTS, scheduler=scheduler, lowest=Codec.INT8)
+
+
+def _half_compressed():
+    """356 tokens: 4 INT8 blocks of 64 and 7 native ones; blocks of 20,480 bytes and 5,120 of side
+    pieces."""
+    shares = {
+        Codec.NATIVE: CodecShare(100, 7, 7 * 20_480),
+        Codec.INT8: CodecShare(256, 4, 4 * 25_600),
+    }
+    history = (
+        Compressed(12.2, 64, 192, Codec.NATIVE, Codec.INT8),
+        Compressed(75.0, 192, 320, Codec.NATIVE, Codec.INT8),
+    )
+    return SessionKV(356, 11, 11 * 25_600, shares, history)
+
+
+def test_a_half_compressed_session_is_told_once_and_shown():
+    async def script(person):
+        engine = person.engine
+        await person.says("hello", "Hi!")
+        engine.held[1] = _half_compressed()
+        await person.says("more", "Yes.")
+        await person.sees("[older tokens are now INT8; /kv shows which]")
+        await person.says("again", "No.")
+        engine.codecs = [*[Codec.NATIVE] * 8, *[Codec.INT8] * 4, *[Codec.NATIVE] * 53]
+        engine.compressed = {(Codec.NATIVE, Codec.INT8): 4}
+        for command in ("/sessions", "/kv", "/pool"):
+            await person.types(command + "\r")
+            await person.sees(f"> {command}")
+        await person.sees("pressure")
+
+    transcript, _, code = play(script, columns=80, rows=60, facts=_compressing_facts())
+
+    assert code == 0
+    assert transcript.count("older tokens") == 1
+    assert "\npool 1.6 MiB, kv-cache auto: 992 tokens native, about 3,248 as INT8\n" in transcript
+    assert transcript.split("> /sessions\n")[1] == (
+        "   #  session  state  tokens  compressed  begins with\n"
+        ">  1  chat-1              86    72% INT8  hello\n"
+        "> /kv\n"
+        "session  tokens  in pool  native  INT8  blocks      bytes  effective\n"
+        "chat-1       86      356     100   256      11  275.0 KiB      1.62x\n"
+        "\n"
+        "chat-1: kv-cache auto, the first 64 tokens and at least the last 128 stay native\n"
+        "stored as              tokens  blocks      bytes  block ratio\n"
+        "native                    100       7  140.0 KiB        1.00x\n"
+        "INT8                      256       4  100.0 KiB        3.20x\n"
+        "side arrays, not used                   35.0 KiB\n"
+        "    12 s  positions 64-191  native -> INT8\n"
+        "1:15 min  positions 192-319  native -> INT8\n"
+        "> /pool\n"
+        "A A A A A A A A8A8A8*8* * * * * = = = = = = = = . . . . . . . . . . . . . . . .\n"
+        ". . . . . . . . . . . . . . . . . . . . . . . .\n"
+        "* shared 6  = cached 8  . free 40  A chat-1 10\n"
+        "a cell is 1 x 25.0 KiB, 16 tokens a block, 8: 64 as INT8\n"
+        "codec   blocks  for tokens      bytes  block ratio  pool ratio\n"
+        "native      12         192  240.0 KiB        1.00x       0.80x\n"
+        "INT8         4         256  100.0 KiB        3.20x       3.20x\n"
+        "effective ratio 1.40x: 560.0 KiB as native, 400.0 KiB reserved\n"
+        "compressed  4 spans native -> INT8 (12 blocks freed)\n"
+        "pressure    2 evictions, 0 drops of idle chats, 0 preemptions"
+    )
+
+
+def test_a_fork_is_not_told_again_what_its_parent_was():
+    async def script(person):
+        person.engine.held[1] = person.engine.held[2] = _half_compressed()
+        await person.says("hello", "Hi!")
+        await person.types("/fork twin\r")
+        await person.sees("--- 2 twin")
+        await person.says("and you?", "Too.")
+
+    transcript, _, _ = play(script, rows=60)
+
+    assert transcript.count("older tokens are now INT8") == 1
+
+
+def test_pinning_is_shown_and_given_up():
+    async def script(person):
+        await person.says("hello", "Hi!")
+        await person.types("/pin ch\t")
+        await person.waits_until(lambda: person.repl.screen.buffer.text == "/pin chat-1", "name")
+        await person.types("\r/sessions\r/kv\r/unpin\r/sessions\r")
+        await person.sees("unpinned chat-1\n> /sessions")
+        await person.types("/unpin nobody\r")
+        await person.sees('no session is called "nobody"')
+
+    transcript, person, _ = play(script, facts=_compressing_facts(), rows=60)
+
+    pins = [call for call in person.engine.calls if call[0] == "set_pinned"]
+    assert pins == [("set_pinned", 1, True), ("set_pinned", 1, False)]
+    assert "> /pin chat-1\npinned chat-1; /unpin lets it go\n" in transcript
+    assert re.findall(r">  1  chat-1 +(\w*) +28", transcript) == ["pinned", ""]
+    assert "chat-1: pinned, nothing of it is compressed" in transcript
+
+
+def test_a_pin_that_the_pool_cannot_hold_is_refused_and_not_shown():
+    def refuse(session_id, is_pinned):
+        raise CapacityError("of a pinned one the pool holds 100 tokens; raise --kv-mem")
+
+    async def script(person):
+        person.engine.set_pinned = refuse
+        await person.types("/pin\r/sessions\r")
+        await person.sees("error: of a pinned one the pool holds 100 tokens; raise --kv-mem")
+        await person.sees(">  1  chat-1           ")
+
+    assert "pinned chat-1" not in _chat(script)
+
+
+def test_the_audit_is_shown_when_the_engine_answers_and_nobody_waits_for_it():
+    entries = (
+        Entry("payload", "native, held", 2, 40_960),
+        Entry("payload", "free", 62, 1_269_760),
+        Entry("side arrays", "scales and zeros of INT8", 3, 768),
+    )
+    ledger = Ledger(entries, {"payload": 1_310_720, "side arrays": 768}, (), 1 << 28)
+
+    async def script(person):
+        await person.types("/kv --a\t\r")
+        await person.sees("> /kv --audit")
+        await person.says("hello", "Hi!")
+        assert "adds up" not in person.transcript
+        person.engine.answer.set_result(ledger)
+        await person.sees("in memory 256.0 MiB")
+
+    assert _chat(script, columns=80).endswith(
+        "part         what                      blocks      bytes\n"
+        "payload      native, held                   2     40,960\n"
+        "payload      free                          62  1,269,760\n"
+        "side arrays  scales and zeros of INT8       3        768\n"
+        "all          1.3 MiB                           1,311,488\n"
+        "adds up: the tensors have 1,310,720 of payload and 768 of side arrays;\n"
+        "the blocks that the chats' tables name are those that the map says are held\n"
+        "in memory 256.0 MiB: of the above what was touched, Python, libraries"
+    )
+
+
+def test_waiting_for_compression_is_said_while_it_lasts():
+    async def script(person):
+        person.engine.replies.append("done")
+        await person.types("hello\r")
+        await person.waits_until(lambda: person.engine.requests, "request")
+        person.engine.requests[0].wait_reason = "waiting for memory, compressing (0 ahead)"
+        await person.sees("\nwaiting for memory, compressing (0 ahead)\n>")
+        person.engine.run()
+        await person.sees("done\n\n>")
+
+    assert _chat(script) == "> hello\ndone"
 
 
 def test_options_are_shown_as_set_reads_them():

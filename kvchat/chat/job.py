@@ -13,6 +13,7 @@ from kvchat.chat.template import ChatFormat
 from kvchat.chat.tokenizer import StreamDecoder, Tokenizer
 from kvchat.config import SamplingParams
 from kvchat.engine.request import Event, Request, Shared
+from kvchat.engine.stats import SessionKV
 
 
 class ChatEngine(Protocol):
@@ -29,6 +30,10 @@ class ChatEngine(Protocol):
     def release(self, session_id: int) -> Event | None: ...
 
     def set_foreground(self, session_id: int | None) -> None: ...
+
+    def set_pinned(self, session_id: int, is_pinned: bool) -> None: ...
+
+    def session_kv(self, session_id: int) -> SessionKV: ...
 
 
 @dataclass(frozen=True)

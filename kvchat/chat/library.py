@@ -115,6 +115,15 @@ class Library:
         if name != self.current.name:
             self.current.name = self._free_name(name)
 
+    def pin(self, key: str | None = None) -> Session:
+        """Keep a session as it is: not compressed, and the last to give way. Raises CapacityError
+        when the pool could not hold it so."""
+        return self._set_pinned(key, True)
+
+    def unpin(self, key: str | None = None) -> Session:
+        """Let a session be compressed, and give way, as any other."""
+        return self._set_pinned(key, False)
+
     def fork(self, name: str | None = None) -> Session:
         """A session that goes on from the current one's last finished turn; it is looked at then.
         The parent goes on with what it does."""
@@ -159,6 +168,12 @@ class Library:
                 names = ", ".join(session.name for session in found)
                 raise UsageError(f'"{quoted(key)}" could be {names}')
         raise UsageError(f'no session is called "{quoted(key)}"; /sessions lists them')
+
+    def _set_pinned(self, key: str | None, is_pinned: bool) -> Session:
+        session = self.current if key is None else self.find(key)
+        self._engine.set_pinned(session.id, is_pinned)
+        session.is_pinned = is_pinned
+        return session
 
     def _fork(self, parent: Session, name: str | None) -> Session:
         session = Session(

@@ -26,6 +26,7 @@ from kvchat.chat.turns import TreeRow, Turn, tree_rows
 from kvchat.config import SamplingParams
 from kvchat.engine.request import Event, Request
 from kvchat.errors import CapacityError, KvchatError, UsageError
+from kvchat.kv.layout import Codec
 
 MAX_TOKEN_CHARS = 512  # no token of the supported families is longer: a cheap first check
 
@@ -40,6 +41,7 @@ class Session:
         self.id = session_id
         self.name = name
         self.queued: list[str] = []
+        self.is_pinned = False  # nothing of it is compressed; the library sets it
         self.unread = 0  # replies finished since the session was last looked at
         self.last_reply: ReplyStats | None = None
         self.system: str = other.system if other else _decodable(defaults.system or "")
@@ -48,6 +50,7 @@ class Session:
         seed = other.seed if other else defaults.seed
         self.seed: int = random_seed() if seed is None else seed
         self._branches: Iterator[int] = other._branches if other else count(1)
+        self._told_codec: Codec = other._told_codec if other else Codec.NATIVE  # remarked on
         self._desk = desk
         self._output: list[Chunk] = []
         self._job: Job | None = None
@@ -316,6 +319,10 @@ class Session:
         if stats.num_recomputed_tokens:
             remark = f"{stats.num_recomputed_tokens:,} tokens of history recomputed"
             yield Chunk("remark", remark)
+        lowest = max(self._desk.engine.session_kv(self.id).shares, default=Codec.NATIVE)
+        if lowest > self._told_codec:
+            self._told_codec = lowest
+            yield Chunk("remark", f"older tokens are now {lowest.label}; /kv shows which")
 
 
 def _decodable(text: str) -> str:

@@ -10,8 +10,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
+from kvchat.engine.ledger import Ledger, TensorBytes, read_ledger
 from kvchat.engine.request import Batch, Event, Request, Shared
 from kvchat.engine.scheduler import Scheduler
 from kvchat.engine.stats import (
@@ -41,6 +43,9 @@ class StepRunner(Protocol):
     def launch(self, batch: Batch) -> StepHandle:
         """Start the step; the batch's block tables are not read after this returns."""
 
+    def count_bytes(self) -> TensorBytes:
+        """What its tensors take; asked between two steps."""
+
 
 class Engine:
     """Owns who runs. `listener` gets every event once, in order; it must hand over, never wait.
@@ -65,6 +70,7 @@ class Engine:
         self._lock = threading.Condition()  # over the scheduler and the outbox; told of new work
         self._outbox: deque[Event] = deque()
         self._delivery = threading.RLock()  # one thread delivers at a time, so order is kept
+        self._audits: deque[Future[Ledger]] = deque()  # asked for
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
@@ -83,6 +89,8 @@ class Engine:
             self._worker.join()
         with self._lock:
             self._outbox += self._scheduler.release_all()
+        for audit in self._audits:
+            audit.cancel()
         self._deliver()
 
     def submit(self, request: Request) -> None:
@@ -154,6 +162,27 @@ class Engine:
                 self._scheduler, session_id, self._bytes_per_block, self._bytes_used
             )
 
+    def audit(self) -> Future[Ledger]:
+        """Where every byte is, counted anew by the worker between two steps."""
+        audit: Future[Ledger] = Future()
+        with self._lock:
+            self._audits.append(audit)
+            self._lock.notify_all()
+        return audit
+
+    def answer_audits(self) -> None:
+        """Count, if anybody asked. For the worker, or tests without one; between two steps."""
+        while self._audits:
+            audit = self._audits.popleft()
+            try:
+                with self._lock:
+                    ledger = read_ledger(self._scheduler, self._runner.count_bytes())
+            except Exception as error:
+                _logger.exception("an audit failed")
+                audit.set_exception(error)
+                continue
+            audit.set_result(ledger)
+
     def step(self) -> bool:
         """Do one step; False when there is nothing to do. For the worker, or tests without one.
 
@@ -178,10 +207,13 @@ class Engine:
 
     def _work(self) -> None:
         while not self._is_closed:
+            self.answer_audits()
             if self.step():
                 continue
             with self._lock:
-                self._lock.wait_for(lambda: self._is_closed or self._scheduler.has_requests)
+                self._lock.wait_for(
+                    lambda: self._is_closed or self._scheduler.has_requests or self._audits
+                )
 
     def _deliver(self) -> None:
         with self._delivery:

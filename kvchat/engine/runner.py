@@ -7,9 +7,13 @@ from collections.abc import Callable
 import torch
 
 from kvchat.attention import AttentionBackend, AttentionBatch
+from kvchat.config import NULL_BLOCK_ID
+from kvchat.engine.ledger import TensorBytes
 from kvchat.engine.request import Batch, Request, Row
 from kvchat.engine.sampler import Draw, Sampler
+from kvchat.engine.storage import num_bytes, num_bytes_outside, ranges_of
 from kvchat.kv.cache import KVCache
+from kvchat.kv.layout import Codec
 from kvchat.model.decoder import Decoder
 
 
@@ -65,6 +69,27 @@ class Runner:
         ids = (row.request.request_id for row in sampled_rows)
         self._sampled = dict(zip(ids, token_ids, strict=True))
         return Step(token_ids)
+
+    def count_bytes(self) -> TensorBytes:
+        """What the tensors take, counted on their memory; not while a step is computed."""
+        cache, layout = self._cache, self._cache.layout
+        pool, weights = ranges_of(cache), ranges_of(self._decoder)
+        block_payload = cache.payload[NULL_BLOCK_ID].nbytes
+        return TensorBytes(
+            num_blocks=cache.num_blocks,
+            payload=cache.blocks.untyped_storage().nbytes(),
+            side=cache.side.untyped_storage().nbytes(),
+            block_payload=block_payload,
+            block_side=cache.side[NULL_BLOCK_ID].nbytes,
+            side_used=tuple(
+                cache.block_bytes(codec) - block_payload
+                for codec in Codec
+                if codec <= layout.lowest
+            ),
+            weights=num_bytes(weights),
+            scratch=num_bytes_outside(ranges_of(self._backend), pool + weights),
+            host=0,  # on a CPU the pool itself is in main memory
+        )
 
     def _known_ids(self, request: Request, start: int, end: int) -> list[int]:
         """The request's ids of positions start .. end - 1; the last may be pending."""

@@ -40,6 +40,11 @@ class Codec(IntEnum):
     INT8 = 1
     INT4 = 2
 
+    @property
+    def label(self) -> str:
+        """How a person reads it."""
+        return "native" if self is Codec.NATIVE else self.name
+
 
 _CODECS = tuple(Codec)
 CODEC_BITS = {Codec.INT8: 8, Codec.INT4: 4}

@@ -63,6 +63,15 @@ def available_memory(root: Path = Path("/")) -> int:
     return max(0, min(available, limit - used + given_back))
 
 
+def resident_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of main memory that this process has now; None where the system does not say."""
+    try:
+        num_pages = int((root / "proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def plan_num_blocks(layout: BlockLayout, kv_mem: str | None, available: int) -> int:
     """Blocks of the pool, the null block included, their side pieces counted.
 

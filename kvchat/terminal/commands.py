@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from kvchat.chat.messages import as_jsonl, as_markdown
 from kvchat.chat.options import OPTIONS
 from kvchat.errors import UsageError, quoted
-from kvchat.terminal import views
+from kvchat.terminal import memory_views, views
 from kvchat.terminal.pipe import MAX_TURN_BYTES, decode_turn
 from kvchat.terminal.registry import Registry
+from kvchat.terminal.tables import table
 
 if TYPE_CHECKING:
     from kvchat.terminal.repl import Repl
@@ -39,7 +40,8 @@ def new(repl: Repl, argument: str) -> None:
 
 @command("/sessions", "list the chats")
 def sessions(repl: Repl, argument: str) -> None:
-    repl.show.lines(views.session_lines(repl.library))
+    held = {each.id: repl.runtime.engine.session_kv(each.id) for each in repl.library.sessions}
+    repl.show.lines(views.session_lines(repl.library, held))
 
 
 @command("/switch NAME|NUMBER", "look at another chat", "session")
@@ -206,19 +208,42 @@ def show(repl: Repl, argument: str) -> None:
 # Memory and numbers
 
 
-@command("/pool", "draw the KV pool, block by block")
+@command("/pool", "draw the KV pool, block by block, and what pressure did to it")
 def pool(repl: Repl, argument: str) -> None:
+    engine, facts = repl.runtime.engine, repl.runtime.facts
     names = {session.id: session.name for session in repl.library.sessions}
-    owners = repl.runtime.engine.pool_map()
-    repl.show.lines(views.pool_lines(owners, names, repl.runtime.facts, repl.screen.columns))
+    blocks = list(zip(engine.pool_map(), engine.pool_codecs(), strict=True))
+    stats, columns = engine.stats(), repl.screen.columns
+    repl.show.lines(memory_views.pool_lines(blocks, names, facts, stats, columns))
 
 
-@command("/kv", "what each chat holds in the pool")
+@command(
+    "/kv [all|--audit]",
+    "what the chats hold, this one or all in detail; --audit counts every byte",
+    ("all", "--audit"),
+)
 def kv(repl: Repl, argument: str) -> None:
-    engine, library = repl.runtime.engine, repl.library
+    engine, library, facts = repl.runtime.engine, repl.library, repl.runtime.facts
+    if argument == "--audit":
+        repl.when_done(engine.audit(), memory_views.ledger_lines)
+        return
     held = [(session, engine.session_kv(session.id)) for session in library.sessions]
     library.pump()  # a session knows of all tokens that it holds
-    repl.show.lines(views.kv_lines(held))
+    lines = memory_views.kv_lines(held, facts)
+    for session, kv in held:
+        if argument == "all" or session is library.current:
+            lines += memory_views.session_kv_lines(session, kv, facts)
+    repl.show.lines(lines)
+
+
+@command("/pin [NAME|NUMBER]", "never compress a chat; it gives way last", "session")
+def pin(repl: Repl, argument: str) -> None:
+    repl.say(f"pinned {repl.library.pin(argument or None).name}; /unpin lets it go")
+
+
+@command("/unpin [NAME|NUMBER]", "let a chat be compressed again", "session")
+def unpin(repl: Repl, argument: str) -> None:
+    repl.say(f"unpinned {repl.library.unpin(argument or None).name}")
 
 
 @command("/stats", "the last reply, and everything since the start")
@@ -259,7 +284,7 @@ def help_(repl: Repl, argument: str) -> None:
         (f"{each.name} {each.usage}", " ".join((each.help, *each.aliases)))
         for each in COMMANDS.commands
     ]
-    repl.show.lines(views.table(("command", "what it does"), rows))
+    repl.show.lines(table(("command", "what it does"), rows))
     repl.say(KEYS.strip("\n"))
 
 
