@@ -1,5 +1,7 @@
 """Sizes as people write them, and a pool that fits what they allow."""
 
+import os
+
 import pytest
 
 from kvchat.config import KVSpec
@@ -89,3 +91,11 @@ def test_pages_of_files_read_in_a_cgroup_are_available_as_they_can_be_given_back
     assert planner.available_memory(tmp_path) == 0
     (group / "memory.max").write_text("max\n")
     assert planner.available_memory(tmp_path) > 1_000_000
+
+
+def test_the_memory_that_the_process_has(tmp_path):
+    assert planner.resident_memory(tmp_path) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/statm").write_text("900 25 7 1 0 60 0\n")
+
+    assert planner.resident_memory(tmp_path) == 25 * os.sysconf("SC_PAGE_SIZE")
