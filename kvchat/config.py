@@ -163,7 +163,8 @@ class KVPolicy:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The caps of a step. num_blocks counts the null block; max_model_len caps a request."""
+    """The caps of a step. num_blocks counts the null block; max_model_len caps a request;
+    num_host_slots blocks of idle sessions may be parked in main memory."""
 
     num_blocks: int
     block_size: int = 16
@@ -171,6 +172,7 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     kv: KVPolicy = KVPolicy()
+    num_host_slots: int = 0
 
     @property
     def num_request_blocks(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Tokens
 
 from kvchat.config import SamplingParams
 from kvchat.engine.request import Batch, Request, Row
-from kvchat.kv.block_pool import BlockOp, CompressSpan
+from kvchat.kv.block_ops import BlockOp, CompressSpan, ParkBlock, RestoreBlock
 from kvchat.kv.layout import Codec, unpack_entry
 
 START = 1
@@ -72,6 +72,7 @@ class FakeDevice:
         self.block_size = block_size
         self.slots = [[UNWRITTEN] * block_size for _ in range(num_blocks)]
         self.codecs = [Codec.NATIVE] * num_blocks
+        self.host: dict[int, tuple[list[int], Codec]] = {}  # by slot
         self.pending: dict[int, int] = {}  # request id -> what was sampled last
         self.rng = random.Random(seed)
         self.non_finite_rate = 0.0
@@ -106,6 +107,11 @@ class FakeDevice:
                 assert op.dst not in op.srcs and op.src_codec < op.codec, f"{op=}"
                 self.slots[op.dst] = [state for src in op.srcs for state in self.slots[src]]
                 self.codecs[op.dst] = op.codec
+            elif isinstance(op, ParkBlock):
+                self.host[op.slot] = self.slots[op.src][:], self.codecs[op.src]
+            elif isinstance(op, RestoreBlock):
+                states, self.codecs[op.dst] = self.host[op.slot]
+                self.slots[op.dst] = states[:]
             else:
                 self.slots[op.dst] = self.slots[op.src][:]
                 self.codecs[op.dst] = self.codecs[op.src]

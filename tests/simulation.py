@@ -45,6 +45,7 @@ class Scenario:
     failure_rate: float = 0.0005  # of steps
     kv: KVPolicy = NATIVE
     non_finite_rate: float = 0.0005  # of sampled rows
+    num_host_slots: int = 0
 
 
 class Stalled(Exception):
@@ -79,6 +80,7 @@ class Simulation:
             scenario.max_num_seqs,
             scenario.max_num_batched_tokens,
             scenario.kv,
+            scenario.num_host_slots,
         )
         self.rng = random.Random(scenario.seed)
         self.pool = WatchedPool(self)
@@ -118,6 +120,7 @@ class Simulation:
             launched = (batch, sampled) if batch else None
         self.pool.check_integrity([])
         assert self.pool.num_held == 0, f"{self.pool.num_held} blocks are not home"
+        self.scheduler.arena.check_integrity([])
         assert self.scheduler.schedule() is None
 
     # --- steps ---
@@ -169,10 +172,11 @@ class Simulation:
             is_ending = batch is None or request.num_pending_tokens > 0
             assert request.wait_reason or is_ending, f"waits without a word: {request=}"
             if person.session_id == self.foreground and not is_ending:
-                # The reserve is filled up first.
+                # The reserve is filled up first; what is parked comes back as a whole.
                 is_compressing = "compressing" in request.wait_reason
                 gap = min(gap, self.num_steps - self.looked_at)
-                assert is_compressing and gap <= self.config.kv.num_reserved, f"{gap=} {request=}"
+                longest = self.config.kv.num_reserved + self.scenario.num_host_slots
+                assert is_compressing and gap <= longest, f"{gap=} {request=}"
 
     def finish_step(self, batch: Batch) -> None:
         """Launch and read in turn, or fail."""
@@ -193,6 +197,9 @@ class Simulation:
         if self.num_steps % self.check_every == 0:
             held = list(self.scheduler.sequences())
             self.pool.check_integrity([seq for _, seq, _ in held])
+            parked = self.scheduler.parked
+            self.scheduler.arena.check_integrity([*parked.values()])
+            assert parked.keys().isdisjoint(session_id for session_id, _, _ in held), f"{parked=}"
             for session_id, seq, num_computed in held:
                 is_idle = not self.people[session_id].request
                 assert seq.num_tokens == num_computed or not is_idle, f"{num_computed} of {seq=}"
@@ -308,6 +315,7 @@ class Simulation:
     def interrupt(self, person: Person) -> None:
         """Ctrl-C, now and then to say it in other words."""
         if person.request and self.people.get(person.session_id) is person:
+            self.counts["aborted while parked"] += person.session_id in self.scheduler.parked
             event = self.scheduler.abort(person.request.request_id)
             self.deliver([event])
             if self.rng.random() < 0.3:
@@ -321,6 +329,7 @@ class Simulation:
             if self.rng.random() < 0.7:
                 self.scheduler.trim(person.session_id, num_tokens)
             self.counts["undone"] += 1
+            self.counts["undone while parked"] += person.session_id in self.scheduler.parked
 
     def pin(self, person: Person) -> None:
         """Keep it as it is, or no longer."""
@@ -352,6 +361,7 @@ class Simulation:
             shared = self.scheduler.fork(person.session_id, child.session_id, len(child.history))
             assert shared.num_tokens + shared.num_lost_tokens <= len(child.history)
             self.counts["forks"] += 1
+            self.counts["forks while parked"] += person.session_id in self.scheduler.parked
             self.counts["forks that share"] += shared.num_tokens > 0
             self.counts["forks that lose"] += shared.num_lost_tokens > 0
 
@@ -359,6 +369,7 @@ class Simulation:
         """Close the window, whatever goes on."""
         if self.people.pop(person.session_id, None) is not person:
             return
+        self.counts["closed while parked"] += person.session_id in self.scheduler.parked
         event = self.scheduler.release(person.session_id)
         assert (event is not None) == (person.request is not None), f"{event=}"
         self.counts["closed while generating"] += event is not None

@@ -12,6 +12,7 @@ from fake_device import EOS_ID, FakeDevice, continuation, make_request
 from kvchat.config import SchedulerConfig
 from kvchat.engine.engine import Engine
 from kvchat.engine.scheduler import Scheduler
+from kvchat.engine.stats import SessionKV
 from kvchat.errors import CapacityError, EngineError
 from kvchat.kv.block_pool import BlockPool
 
@@ -166,7 +167,7 @@ def test_the_pool_map_and_a_sessions_share_of_it(house):
     assert house.engine.pool_map()[:7] == ["null", "shared", 7, 7, "cached", "free", "free"]
     assert house.engine.session_kv(7)[:3] == (9, 3, 3000)
     assert house.engine.session_kv(8)[:3] == (4, 1, 1000)
-    assert house.engine.session_kv(9) == (0, 0, 0, {}, ())
+    assert house.engine.session_kv(9) == SessionKV(0, 0, 0)
     house.engine.trim(7, 5)
     assert house.engine.session_kv(7).num_tokens == 5
 

@@ -1,10 +1,11 @@
 """Blocks for those who run: where they come from when none is free, and who has to give way.
 
 Whoever needs a block takes it, in this order, from: the free queue (the prefix cache is its end),
-the ladder, the coldest idle session, the youngest running request behind it; pinned sessions give
-way last of all. A waiting request in the background only takes what is free, compressed or idle.
-What the ladder may do in one step is bounded: when that is used up and there is more to compress,
-nobody has to give way and whoever still needs a block waits for the next step.
+idle sessions that can be parked in main memory, the ladder, the coldest idle session, the youngest
+running request behind it; pinned sessions give way last of all. A waiting request in the background
+only takes what is free, parked, compressed or idle. What the ladder may do in one step is bounded:
+when that is used up and there is more to compress, nobody has to give way and whoever still needs a
+block waits for the next step.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from kvchat.engine.history import History
 from kvchat.engine.request import Request
 from kvchat.engine.residents import Residents
 from kvchat.engine.roster import Roster
-from kvchat.kv.block_pool import BlockOp, BlockPool, CompressSpan, Sequence
+from kvchat.kv.block_ops import BlockOp, CompressSpan, ParkBlock, RestoreBlock
+from kvchat.kv.block_pool import BlockPool, Sequence
 from kvchat.kv.ladder import Holder, Ladder, Warmth
 from kvchat.kv.layout import block_ids
+from kvchat.kv.parking import HostArena, ParkedBlock
 
 
 class Memory:
@@ -32,14 +35,16 @@ class Memory:
         self.history = History()
         self._config, self._roster, self._counters = config, roster, counters
         self._ladder = Ladder(config.kv, pool, self._holders)
-        self.residents = Residents(pool, self._ladder, counters)
+        self.arena = HostArena(config.num_host_slots, pool)
+        self.residents = Residents(pool, self._ladder, self.arena, counters)
         self._entering: Holder | None = None  # of the request that `admit` is about
 
     def begin_step(self, ops: list[BlockOp]) -> None:
-        """Give back what sessions gave up, and compress where that is due; all is launched."""
+        """Give back what sessions gave up, and make room where that is due; all is launched."""
         self.residents.settle()
         self._ladder.begin_step()
-        while self._ladder.is_wanted and self._compress(ops):
+        relieve = self._compress if self._config.kv.is_eager else self._relieve
+        while self._ladder.is_wanted and relieve(ops):
             pass
 
     def touch(self, seq: Sequence) -> None:
@@ -53,16 +58,21 @@ class Memory:
         """
         session_id, token_ids = request.session_id, request.token_ids
         seq = self.residents.take(session_id, token_ids, request.request_id)
+        missing = self.residents.missing(session_id, seq)
+        if self._ladder.rungs:
+            self._enter(request, seq)
+        is_foreground = session_id == self._roster.foreground
+        is_given = is_foreground or self._make_room(request, seq, len(missing), ops)
+        is_given = is_given and self._restore(request, seq, missing, ops)
         num_computed = seq.num_tokens
         num_slots = len(token_ids) - num_computed
         if self._ladder.rungs:
             num_slots = min(num_slots, self._config.max_num_batched_tokens)
-            self._enter(request, seq)
-        is_foreground = session_id == self._roster.foreground
-        is_given = is_foreground or self._make_room(request, seq, ops)
         is_given = is_given and self.claim(request, seq, num_slots, ops) > 0
         lack = "" if is_given else self.shortage
         self._entering = None
+        if not is_given and session_id in self.residents.parked:
+            return self._leave_parked(request, seq, lack, ops)
         if not is_given:
             self.residents.keep(session_id, seq, token_ids[:num_computed], request.request_id)
             return lack
@@ -74,11 +84,11 @@ class Memory:
         """Slots for num_tokens more, whoever has to give way, or for as many as there is room
         for before that, when compression goes on; 0 when nobody has to."""
         while (new_ops := self.pool.append(seq, num_tokens)) is None:
-            if self._compress(ops):
+            if self._relieve(ops):
                 continue
             if self._ladder.rungs and (num_fitting := self._claim_some(seq, num_tokens, ops)):
                 return num_fitting
-            if self._ladder.is_spent or not self._make_way(request):
+            if not self._force(request):
                 return 0
         ops += new_ops
         return num_tokens
@@ -100,10 +110,12 @@ class Memory:
     def fail(self, ops: list[BlockOp]) -> None:
         """These operations were not done, and their requests have ended: whoever else holds what
         they were to write computes it again."""
-        lost = {op.dst for op in ops if isinstance(op, CompressSpan)}
-        for op in ops:
-            if isinstance(op, CompressSpan):
-                self.pool.distrust(op)
+        written = [op for op in ops if isinstance(op, CompressSpan | RestoreBlock)]
+        lost = {op.dst for op in written}
+        for op in written:
+            self.pool.distrust(op)
+        slots = {op.slot for op in ops if isinstance(op, ParkBlock)}
+        self._counters.num_drops += self.residents.lose(slots)
         for request in self._roster.requests.values():
             if request.seq is not None and not lost.isdisjoint(block_ids(request.seq.table)):
                 self.preempt(request)
@@ -120,16 +132,38 @@ class Memory:
         self._ladder.touch(seq)
         self._ladder.refresh()
 
-    def _make_room(self, request: Request, seq: Sequence, ops: list[BlockOp]) -> bool:
-        """Compress until a background request's tokens fit into what is free or idle."""
-        while not self._has_room(request, seq):
-            if not self._compress(ops):
+    def _make_room(
+        self, request: Request, seq: Sequence, num_missing: int, ops: list[BlockOp]
+    ) -> bool:
+        """Park and compress until a background request's tokens, those that are parked as they
+        were, fit into what is free or idle."""
+        while not self._has_room(request, seq, num_missing):
+            if not self._relieve(ops):
                 return False
         return True
 
-    def _has_room(self, request: Request, seq: Sequence) -> bool:
+    def _restore(
+        self, request: Request, seq: Sequence, missing: list[ParkedBlock], ops: list[BlockOp]
+    ) -> bool:
+        """Bring back all that is missing, and leave a block for what comes next; or nothing."""
+        while missing and self.pool.num_free <= len(missing):
+            if not self._relieve(ops) and not self._force(request):
+                return False
+        self.residents.resume(request.session_id, missing, seq, ops)
+        return True
+
+    def _leave_parked(self, request: Request, seq: Sequence, lack: str, ops: list[BlockOp]) -> str:
+        """There is no room for what is parked: it stays where it is, unless there never will be."""
+        self.residents.free(seq)
+        if lack != "memory" or not self._roster.is_first(request):
+            return lack
+        self.residents.drop(request.session_id)
+        self._counters.num_drops += 1
+        return self.admit(request, ops)
+
+    def _has_room(self, request: Request, seq: Sequence, num_missing: int) -> bool:
         roster = self._roster
-        num_needed = max(0, self._num_blocks(request) - seq.num_blocks)
+        num_needed = max(num_missing, self._num_blocks(request) - seq.num_blocks)
         # Each running request is left a block to grow into, else it would soon preempt this one.
         num_needed += roster.num_running
         if self._ladder.rungs:  # prompts are claimed as they are computed
@@ -159,6 +193,10 @@ class Memory:
                 return num_slots
         return 0
 
+    def _force(self, request: Request) -> bool:
+        """Let a session give up its blocks, unless there is more to compress in the next step."""
+        return not self._ladder.is_spent and self._make_way(request)
+
     def _make_way(self, request: Request) -> bool:
         """Let one session give up its blocks, if there is one that has to."""
         roster = self._roster
@@ -174,6 +212,12 @@ class Memory:
                 self.preempt(victim)
                 return True
         return False
+
+    def _relieve(self, ops: list[BlockOp]) -> bool:
+        """Let an idle session, or else a span, take less of the pool."""
+        roster = self._roster
+        spared = roster.pinned if roster.foreground is None else {*roster.pinned, roster.foreground}
+        return self.residents.park_coldest(spared, ops) or self._compress(ops)
 
     def _compress(self, ops: list[BlockOp]) -> bool:
         compression = self._ladder.compress()

@@ -6,12 +6,14 @@ same block tables is being launched. So what is trimmed or dropped keeps its blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kvchat.engine.counters import SchedulerCounters
+from kvchat.kv.block_ops import BlockOp
 from kvchat.kv.block_pool import BlockPool, Sequence
 from kvchat.kv.ladder import Ladder
+from kvchat.kv.parking import HostArena, Parked, ParkedBlock
 
 
 @dataclass(slots=True, eq=False)
@@ -24,13 +26,17 @@ class Resident:
 
 
 class Residents:
-    """At most one resident per session, kept from the coldest to the one that was used last.
+    """At most one resident per session, kept from the coldest to the one that was used last; or
+    what was one and is parked in the arena.
 
     `ladder` is told of every sequence that comes, is cut or goes."""
 
-    def __init__(self, pool: BlockPool, ladder: Ladder, counters: SchedulerCounters) -> None:
-        self._pool, self._ladder, self._counters = pool, ladder, counters
+    def __init__(
+        self, pool: BlockPool, ladder: Ladder, arena: HostArena, counters: SchedulerCounters
+    ) -> None:
+        self._pool, self._ladder, self._arena, self._counters = pool, ladder, arena, counters
         self._held: dict[int, Resident] = {}  # by session id, coldest first
+        self._parked: dict[int, Parked] = {}  # by session id, which holds nothing else
         self._trimmed: list[Resident] = []  # until settle: their sequences are too long
         self._dropped: list[Sequence] = []  # until settle: they belong to nobody
 
@@ -53,6 +59,11 @@ class Residents:
         """What the session holds, to look at or to fork from."""
         return self._held.get(session_id)
 
+    @property
+    def parked(self) -> Mapping[int, Parked]:
+        """What sessions have in main memory, by session id."""
+        return self._parked
+
     def keep(
         self, session_id: int, seq: Sequence, token_ids: list[int], request_id: int | None = None
     ) -> None:
@@ -70,7 +81,7 @@ class Residents:
         """
         resident = self._held.pop(session_id, None)
         if resident is None:
-            return self._pool.alloc(token_ids)
+            return self._find(session_id, token_ids)
         if resident.request_id == request_id:
             return resident.seq
         num_common = min(_num_common(resident.token_ids, token_ids), len(token_ids) - 1)
@@ -82,6 +93,51 @@ class Residents:
             return self._pool.alloc(token_ids)
         self._cut(resident.seq, num_common)
         return resident.seq
+
+    def missing(self, session_id: int, seq: Sequence) -> list[ParkedBlock]:
+        """What has to be restored behind seq, which `take` has just given; none for most."""
+        parked = self._parked.get(session_id)
+        return self._arena.missing(parked, seq) if parked else []
+
+    def resume(
+        self, session_id: int, missing: list[ParkedBlock], seq: Sequence, ops: list[BlockOp]
+    ) -> None:
+        """Restore it into free blocks, of which there are enough."""
+        if parked := self._parked.pop(session_id, None):
+            self._arena.resume(parked, missing, seq, ops)
+            self._ladder.touch(seq)
+
+    def park_coldest(self, spared: set[int], ops: list[BlockOp]) -> bool:
+        """Let what was idle for longest, and fits, wait in the arena; not the spared sessions, nor
+        those that wait to run. Call `settle` first."""
+        for session_id, resident in self._held.items():
+            is_waiting = resident.request_id is not None
+            if is_waiting or session_id in spared or not self._arena.can_park(resident.seq):
+                continue
+            del self._held[session_id]
+            self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
+            self.free(resident.seq)
+            return True
+        return False
+
+    def fork_parked(self, parent_id: int, child_id: int, num_tokens: int) -> int:
+        """Share a parked session's first num_tokens; returns how many of them are kept."""
+        child = self._arena.fork(self._parked[parent_id], num_tokens)
+        self.drop(child_id)
+        if child.token_ids:
+            self._parked[child_id] = child
+        return len(child.token_ids)
+
+    def lose(self, slots: set[int]) -> int:
+        """Forget the sessions that are parked in these slots; returns how many."""
+        lost = [
+            session_id
+            for session_id, parked in self._parked.items()
+            if not slots.isdisjoint(block.slot for block in parked.blocks)
+        ]
+        for session_id in lost:
+            self.drop(session_id)
+        return len(lost)
 
     def seal(self, session_id: int, seq: Sequence | None, num_computed: int) -> None:
         """A step that was launched for a request that has ended is read: if the session still holds
@@ -96,7 +152,7 @@ class Residents:
         they are a part of a compressed span."""
         resident = self._held.get(session_id)
         if resident is None:
-            return 0
+            return self._trim_parked(session_id, num_tokens)
         token_ids, seq = resident.token_ids, resident.seq
         num_wanted = min(num_tokens, len(token_ids))
         del token_ids[self._pool.num_kept(seq, num_wanted) :]
@@ -112,6 +168,8 @@ class Residents:
         """Forget the session."""
         if resident := self._held.pop(session_id, None):
             self._dropped.append(resident.seq)
+        if parked := self._parked.pop(session_id, None):
+            self._arena.release(parked)
 
     def drop_coldest(self, last_session_id: int | None, spared: set[int]) -> Resident | None:
         """Free, at once, what was idle for longest, the last session last and the spared ones not
@@ -138,6 +196,31 @@ class Residents:
                 self._cut(resident.seq, len(resident.token_ids))
         self._dropped.clear()
         self._trimmed.clear()
+
+    def _find(self, session_id: int, token_ids: list[int]) -> Sequence:
+        """What the pool has of token_ids; what the session has parked is cut to them, or given back
+        where the pool has more."""
+        seq = self._pool.alloc(token_ids)
+        if parked := self._parked.get(session_id):
+            num_common = min(_num_common(parked.token_ids, token_ids), len(token_ids) - 1)
+            if seq.num_tokens > self._arena.num_kept(parked, num_common):
+                self._counters.num_recomputed_tokens += max(0, num_common - seq.num_tokens)
+                self.drop(session_id)
+            else:
+                self._trim_parked(session_id, num_common)
+        return seq
+
+    def _trim_parked(self, session_id: int, num_tokens: int) -> int:
+        parked = self._parked.get(session_id)
+        if parked is None:
+            return 0
+        num_wanted = min(num_tokens, len(parked.token_ids))
+        self._arena.trim(parked, num_wanted)
+        num_lost = num_wanted - len(parked.token_ids)
+        self._counters.num_recomputed_tokens += num_lost
+        if not parked.token_ids:
+            del self._parked[session_id]
+        return num_lost
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
         self._ladder.forget(seq)

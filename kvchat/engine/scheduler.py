@@ -14,7 +14,7 @@ A sequence covers, in positions:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from kvchat.config import SchedulerConfig
 from kvchat.engine.counters import SchedulerCounters
@@ -24,6 +24,7 @@ from kvchat.engine.request import Batch, Event, Request, Row, Shared
 from kvchat.engine.roster import Roster
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool, Sequence
+from kvchat.kv.parking import HostArena, Parked
 
 NON_FINITE = "the model's output was not finite; the turn was stopped, its cached tokens forgotten"
 
@@ -73,6 +74,16 @@ class Scheduler:
         for session_id, resident in self._residents:
             yield session_id, resident.seq, len(resident.token_ids)
 
+    @property
+    def parked(self) -> Mapping[int, Parked]:
+        """What idle sessions have in main memory, by session id: they hold no blocks."""
+        return self._residents.parked
+
+    @property
+    def arena(self) -> HostArena:
+        """The slots in main memory."""
+        return self._memory.arena
+
     def submit(self, request: Request) -> None:
         """Take the request in, or raise CapacityError when it could not fit with nobody else there.
 
@@ -113,8 +124,9 @@ class Scheduler:
         Raises CapacityError when the session is longer than what the pool holds so.
         """
         held = [(seq, num) for held_id, seq, num in self.sequences() if held_id == session_id]
-        request = self._requests.get(session_id)
+        request, parked = self._requests.get(session_id), self.parked.get(session_id)
         num_tokens = len(request.token_ids) if request else sum(num for _, num in held)
+        num_tokens = num_tokens or (len(parked.token_ids) if parked else 0)
         if is_pinned and num_tokens >= self.config.max_native_tokens:
             raise CapacityError(
                 f"the session has {num_tokens} tokens, and of a pinned one, which is not"
@@ -143,16 +155,16 @@ class Scheduler:
             seq, token_ids = parent.seq, parent.token_ids[: parent.num_computed_tokens]
         elif (resident := self._residents.get(parent_session_id)) is not None:
             seq, token_ids = resident.seq, resident.token_ids
+        elif (parked := self.parked.get(parent_session_id)) is not None:
+            num_wanted = min(num_tokens, len(parked.token_ids))
+            num_kept = self._residents.fork_parked(parent_session_id, child_session_id, num_wanted)
+            return self._shared(parent_session_id, child_session_id, num_kept, num_wanted)
         else:
             return Shared(0, 0)
         num_wanted = min(num_tokens, len(token_ids))
         child = self.pool.fork(seq, num_wanted)
-        num_lost = num_wanted - child.num_tokens
-        self.counters.num_recomputed_tokens += num_lost
         self._residents.keep(child_session_id, child, token_ids[: child.num_tokens])
-        self._memory.history.fork(parent_session_id, child_session_id)
-        self._settle_if_idle()
-        return Shared(len(token_ids[: child.num_tokens]), num_lost)
+        return self._shared(parent_session_id, child_session_id, child.num_tokens, num_wanted)
 
     def trim(self, session_id: int, num_tokens: int) -> int:
         """Let an idle session hold at most its first num_tokens; a running one is not touched.
@@ -178,7 +190,8 @@ class Scheduler:
 
     def release_all(self) -> list[Event]:
         """Release every session; the events are those of the requests that were not finished."""
-        session_ids = {session_id for session_id, _ in self._residents} | self._requests.keys()
+        session_ids = {session_id for session_id, _ in self._residents}
+        session_ids |= self._requests.keys() | self.parked.keys()
         events = [self.release(session_id) for session_id in sorted(session_ids)]
         return [event for event in events if event is not None]
 
@@ -367,6 +380,12 @@ class Scheduler:
             token_ids = [] if error else request.token_ids[: request.num_computed_tokens]
             self._residents.keep(request.session_id, request.seq, token_ids)
         return Event(request.request_id, request.session_id, (), reason, error)
+
+    def _shared(self, parent_id: int, child_id: int, num_kept: int, num_wanted: int) -> Shared:
+        self.counters.num_recomputed_tokens += num_wanted - num_kept
+        self._memory.history.fork(parent_id, child_id)
+        self._settle_if_idle()
+        return Shared(num_kept, num_wanted - num_kept)
 
     def _settle_if_idle(self) -> None:
         if not self._launched:

@@ -32,6 +32,8 @@ class SessionKV(NamedTuple):
     num_bytes: int
     shares: Mapping[Codec, CodecShare] = {}  # of the codecs that occur
     history: tuple[Compressed, ...] = ()  # what was compressed when, oldest first
+    num_parked_tokens: int = 0  # in main memory instead, while the session is idle
+    num_parked_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class EngineStats:
     num_compressions: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # spans
     num_blocks_freed: dict[tuple[Codec, Codec], int] = field(default_factory=dict)  # by those
     num_recomputed_tokens: int = 0  # given up where a fork or an undo cut a compressed span
+    num_host_blocks: int = 0  # places for blocks of idle sessions in main memory
+    num_host_blocks_used: int = 0
+    num_parks: int = 0  # sessions put there
+    num_resumes: int = 0  # sessions that came back
+    num_parked_blocks: int = 0  # copied there, and
+    num_restored_blocks: int = 0  # copied back: the others were still in the pool
 
     @property
     def mean_decode_batch(self) -> float:
@@ -78,6 +86,9 @@ def read_stats(scheduler: Scheduler) -> EngineStats:
         num_blocks_free=pool.num_usable - pool.num_held - pool.num_cached,
         **asdict(scheduler.counters),
         **asdict(pool.counters),
+        num_host_blocks=scheduler.arena.num_slots,
+        num_host_blocks_used=scheduler.arena.num_slots - scheduler.arena.num_free,
+        **asdict(scheduler.arena.counters),
     )
 
 
@@ -101,6 +112,8 @@ def read_session_kv(
             shares = _shares(seq, num_tokens, scheduler.pool.block_size, bytes_used)
             num_bytes = seq.num_blocks * bytes_per_block
             return SessionKV(num_tokens, seq.num_blocks, num_bytes, shares, history)
+    if parked := scheduler.parked.get(session_id):
+        return SessionKV(0, 0, 0, {}, history, len(parked.token_ids), len(parked.blocks))
     return SessionKV(0, 0, 0, {}, history)
 
 

@@ -216,7 +216,7 @@ COMPRESSION_MUTANTS = [
     ),
     _memory(
         "somebody gives way though there is more to compress",
-        ("if self._ladder.is_spent or not", "if not"),
+        ("return not self._ladder.is_spent and ", "return "),
     ),
     _memory("the spans of a step are lost", ("        ops.append(compression.op)\n", "")),
     _memory("a span that was not encoded is believed", ("self.pool.distrust(op)", "pass")),
