@@ -19,7 +19,10 @@ class Bench:
 
     def __init__(self, num_blocks=101, block_size=4, **config):
         self.config = SchedulerConfig(num_blocks, block_size, **config)
-        self.pool = BlockPool(num_blocks, block_size)
+        kv = self.config.kv
+        self.pool = BlockPool(
+            num_blocks, block_size, span_blocks=kv.span_blocks, num_reserved=kv.num_reserved
+        )
         self.scheduler = Scheduler(self.config, self.pool)
         self.device = FakeDevice(num_blocks, block_size)
         self.requests = {}
