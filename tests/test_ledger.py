@@ -107,9 +107,12 @@ def test_weights_and_scratch_are_those_of_the_model_and_the_backend(pressed):
 
 def test_blocks_that_map_and_tables_tell_differently_are_named(pressed):
     tensors, scheduler = pressed._runner.count_bytes(), pressed._scheduler
-    torn = tensors._replace(payload=tensors.payload + 1, num_blocks=tensors.num_blocks + 1)
+    torn = tensors._replace(payload=tensors.payload + 1, num_blocks=tensors.num_blocks + 1, host=5)
 
-    assert len(read_ledger(scheduler, torn).problems) == 2
+    payload, host, blocks = read_ledger(scheduler, torn).problems
+    assert payload.endswith(f"the tensor has {tensors.payload + 1:,}")
+    assert host == "host: 0 bytes in blocks, the tensor has 5"
+    assert blocks.endswith(f"blocks, the tensor {tensors.num_blocks + 1:,}")
     seq = next(seq for _, seq, _ in scheduler.sequences())
     last = seq.table.pop()
     problems = read_ledger(scheduler, tensors).problems

@@ -2,13 +2,14 @@
 up."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from kvchat.config import KVPolicy, KVSpec, SchedulerConfig
 from kvchat.engine.build import EngineFacts
 from kvchat.engine.ledger import Entry, Ledger
-from kvchat.engine.stats import EngineStats
+from kvchat.engine.stats import EngineStats, SessionKV
 from kvchat.kv.layout import Codec
 from kvchat.terminal import memory_views
 
@@ -135,8 +136,23 @@ def test_what_was_compressed_and_what_gave_way():
     assert lines[-2:] == [
         "compressed  1,000 spans native -> INT8 (3,000 blocks freed), "
         "2 spans INT8 -> INT4 (2 blocks freed)",
-        "pressure    4 evictions, 3 drops of idle chats, 1 preemptions, 48 tokens recomputed",
+        "pressure    4 evictions, 3 idle chats dropped, 1 preemption, 48 tokens recomputed",
     ]
+
+
+def test_what_is_parked():
+    stats = {"num_host_blocks": 9, "num_host_blocks_used": 4, "num_parks": 2, "num_resumes": 1}
+    chat, other = SimpleNamespace(num_context_tokens=60), SimpleNamespace(num_context_tokens=0)
+    chat.name, other.name = "chat-1", "chat-2"
+
+    lines = _draw(["null", "free"], {}, **stats)
+    table = memory_views.kv_lines(
+        [(chat, SessionKV(0, 0, 0, {}, (), 60, 4)), (other, SessionKV(0, 0, 0))], _facts(2)
+    )
+
+    assert lines[-2] == ("parked      4 of 9 blocks in main memory, 2 chats went, 1 came back")
+    assert _text(table)[-1] == "chat-1: 60 tokens in 4 blocks parked in main memory"
+    assert len(table) == 4
 
 
 @pytest.mark.parametrize(

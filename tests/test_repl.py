@@ -470,7 +470,7 @@ def test_tables_and_the_pool():
         "AAAAAAAAAA******========........................................\n"
         "* shared 6  = cached 8  . free 40  A chat-1 10\n"
         "a cell is 1 x 20.0 KiB, 16 tokens a block\n"
-        "pressure    2 evictions, 0 drops of idle chats, 0 preemptions"
+        "pressure    2 evictions, 0 idle chats dropped, 0 preemptions"
     )
 
 
@@ -538,7 +538,7 @@ def test_a_half_compressed_session_is_told_once_and_shown():
         "INT8         4         256  100.0 KiB        3.20x       3.20x\n"
         "effective ratio 1.40x: 560.0 KiB as native, 400.0 KiB reserved\n"
         "compressed  4 spans native -> INT8 (12 blocks freed)\n"
-        "pressure    2 evictions, 0 drops of idle chats, 0 preemptions"
+        "pressure    2 evictions, 0 idle chats dropped, 0 preemptions"
     )
 
 

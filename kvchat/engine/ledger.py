@@ -25,7 +25,7 @@ class TensorBytes(NamedTuple):
     side_used: tuple[int, ...]
     weights: int
     scratch: int  # attention's: RoPE tables, and the plan and scratch of the last step
-    host: int  # parked in main memory
+    host: int  # places for parked blocks in main memory
 
 
 class Entry(NamedTuple):
@@ -63,9 +63,9 @@ def read_ledger(scheduler: Scheduler, tensors: TensorBytes) -> Ledger:
         _tables(scheduler),
         Entry("scratch", "attention: RoPE tables, last step's plan", None, tensors.scratch),
         Entry("weights", "the model", None, tensors.weights),
-        Entry("host", "parked blocks", None, tensors.host),
+        *_host(scheduler, tensors),
     )
-    totals = {"payload": tensors.payload, "side arrays": tensors.side}
+    totals = {"payload": tensors.payload, "side arrays": tensors.side, "host": tensors.host}
     problems = (*_wrong_sums(entries, totals), *_wrong_blocks(scheduler, states, held, tensors))
     return Ledger(entries, totals, problems, resident_memory())
 
@@ -94,6 +94,14 @@ def _side(full: Counter[Codec], num_blocks: int, tensors: TensorBytes) -> Iterat
         yield Entry("side arrays", f"scales and zeros of {codec.label}", full[codec], used)
     rest = num_blocks * tensors.block_side - num_used
     yield Entry("side arrays", "reserved, not used", None, rest)
+
+
+def _host(scheduler: Scheduler, tensors: TensorBytes) -> Iterator[Entry]:
+    arena, block_bytes = scheduler.arena, tensors.block_payload + tensors.block_side
+    num_used = arena.num_slots - arena.num_free
+    yield Entry("host", "parked blocks", num_used, num_used * block_bytes)
+    if arena.num_slots:
+        yield Entry("host", "free places", arena.num_free, arena.num_free * block_bytes)
 
 
 def _tables(scheduler: Scheduler) -> Entry:

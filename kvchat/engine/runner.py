@@ -88,7 +88,7 @@ class Runner:
             ),
             weights=num_bytes(weights),
             scratch=num_bytes_outside(ranges_of(self._backend), pool + weights),
-            host=0,  # on a CPU the pool itself is in main memory
+            host=cache.num_host_bytes,
         )
 
     def _known_ids(self, request: Request, start: int, end: int) -> list[int]:

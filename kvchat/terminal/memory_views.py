@@ -17,7 +17,7 @@ from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV
 from kvchat.kv.layout import BlockLayout, Codec
 from kvchat.kv.planner import format_size
 from kvchat.terminal.show import NUM_OWNER_STYLES, Fragment
-from kvchat.terminal.tables import Line, table
+from kvchat.terminal.tables import Line, counted, table
 
 MAX_ROWS = 22  # of /pool: a small terminal shows it whole, above the prompt
 MAX_MAP_ROWS = 12
@@ -183,26 +183,29 @@ def _effective(num_native_bytes: int, num_held_bytes: int) -> Line:
 
 def _pressure_lines(stats: EngineStats, facts: EngineFacts) -> list[Line]:
     """What has been compressed so far, and what gave way."""
-    pressure = (
-        f"{stats.num_evictions:,} evictions, {stats.num_drops:,} drops of idle chats, "
-        f"{stats.num_preemptions:,} preemptions"
+    rows = {}
+    if facts.lowest != Codec.NATIVE:
+        done = [
+            f"{counted(num_spans, 'span')} {src.label} -> {codec.label} "
+            f"({counted(stats.num_blocks_freed.get((src, codec), 0), 'block')} freed)"
+            for (src, codec), num_spans in sorted(stats.num_compressions.items())
+        ]
+        rows["compressed"] = ", ".join(done) or "nothing yet"
+    if stats.num_host_blocks:
+        rows["parked"] = (
+            f"{stats.num_host_blocks_used:,} of {counted(stats.num_host_blocks, 'block')} in main "
+            f"memory, {counted(stats.num_parks, 'chat')} went, {stats.num_resumes:,} came back"
+        )
+    rows["pressure"] = (
+        f"{counted(stats.num_evictions, 'eviction')}, {counted(stats.num_drops, 'idle chat')} "
+        f"dropped, {counted(stats.num_preemptions, 'preemption')}"
     )
-    if facts.lowest == Codec.NATIVE:
-        return [[("", f"pressure    {pressure}")]]
-    done = [
-        f"{num_spans:,} spans {src.label} -> {codec.label} "
-        f"({stats.num_blocks_freed.get((src, codec), 0):,} blocks freed)"
-        for (src, codec), num_spans in sorted(stats.num_compressions.items())
-    ]
     if stats.num_recomputed_tokens:
-        pressure += f", {stats.num_recomputed_tokens:,} tokens recomputed"
-    return [
-        [("", f"compressed  {', '.join(done) or 'nothing yet'}")],
-        [("", f"pressure    {pressure}")],
-    ]
+        rows["pressure"] += f", {counted(stats.num_recomputed_tokens, 'token')} recomputed"
+    return [[("", f"{name:<12}{text}")] for name, text in rows.items()]
 
 
-def kv_lines(held: Iterable[tuple[Session, SessionKV]], facts: EngineFacts) -> list[Line]:
+def kv_lines(held: Sequence[tuple[Session, SessionKV]], facts: EngineFacts) -> list[Line]:
     """/kv: what each session holds in the pool, a line each; shared blocks count in full for each.
     Under a codec's name stand the tokens that are stored in it."""
     codecs = [codec for codec in Codec if codec <= facts.lowest != Codec.NATIVE]
@@ -215,7 +218,14 @@ def kv_lines(held: Iterable[tuple[Session, SessionKV]], facts: EngineFacts) -> l
         rows.append((*row, _session_ratio(kv, facts)) if codecs else row)
     names = [codec.label for codec in codecs]
     header = ("session", "tokens", "in pool", *names, "blocks", "bytes")
-    return table((*header, "effective") if codecs else header, rows)
+    lines = table((*header, "effective") if codecs else header, rows)
+    parked = [
+        f"{session.name}: {counted(kv.num_parked_tokens, 'token')} in "
+        f"{counted(kv.num_parked_blocks, 'block')} parked in main memory"
+        for session, kv in held
+        if kv.num_parked_tokens
+    ]
+    return lines + [[("", text)] for text in parked]
 
 
 def _session_ratio(kv: SessionKV, facts: EngineFacts) -> str:

@@ -10,6 +10,11 @@ from kvchat.terminal.show import Fragment
 Line = list[Fragment]
 
 
+def counted(number: int, noun: str) -> str:
+    """1 block, 1,024 blocks."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[Line]:
     """Columns two spaces apart; numbers to the right, the header dim."""
     cells = [header, *rows]
