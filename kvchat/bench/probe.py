@@ -93,28 +93,31 @@ class Arm:
 
     @torch.inference_mode()
     def feed(self, token_ids: list[list[int]]) -> Tensor:
-        """Append tokens to each text and compress what may be; [num_texts, vocab_size] float32,
-        the logits after each text's last token."""
+        """Append tokens to each text and compress what may be; a text without new ones rests.
+
+        Returns float32 [texts that go on, vocab_size], the logits after each one's last token.
+        """
+        fed = [(text, ids) for text, ids in zip(self._texts, token_ids, strict=True) if ids]
         ops: list[BlockOp] = []
-        for text, new_ids in zip(self._texts, token_ids, strict=True):
+        for text, new_ids in fed:
             text.token_ids += new_ids
             claimed = self._pool.append(text.seq, len(new_ids))
             assert claimed is not None, "the pool was made to hold all texts native"
             ops += claimed
         self._cache.apply(ops)
-        query_lens = [len(new_ids) for new_ids in token_ids]
+        query_lens = [len(new_ids) for _, new_ids in fed]
         self._backend.plan(
             AttentionBatch(
                 query_lens,
-                [len(text.token_ids) for text in self._texts],
-                [text.seq.table for text in self._texts],
+                [len(text.token_ids) for text, _ in fed],
+                [text.seq.table for text, _ in fed],
             )
         )
         device = self._decoder.device
-        input_ids = torch.tensor([i for new_ids in token_ids for i in new_ids], device=device)
+        input_ids = torch.tensor([i for _, new_ids in fed for i in new_ids], device=device)
         last = torch.tensor(query_lens, device=device).cumsum(0) - 1
         logits = self._decoder(input_ids, self._backend, last)
-        self._cache.apply([op for text in self._texts for op in self._compress(text)])
+        self._cache.apply([op for text, _ in fed for op in self._compress(text)])
         return logits
 
     def share_compressed(self) -> float:
@@ -240,16 +243,17 @@ def replies(
         chunks = [_part(prompt, number, num_rounds) for prompt in prompts]
         logits = arm.feed(chunks)
     made: list[list[int]] = [[] for _ in prompts]
-    is_done = [False] * len(prompts)
-    for _ in range(max_tokens):
-        token_ids = logits.argmax(-1).tolist()
-        for idx, token_id in enumerate(token_ids):
-            is_done[idx] |= token_id in stop_ids
-            if not is_done[idx]:
+    going = [*range(len(prompts))]
+    for num_made in range(1, max_tokens + 1):
+        next_ids: list[list[int]] = [[] for _ in prompts]
+        for idx, token_id in zip(going, logits.argmax(-1).tolist(), strict=True):
+            if token_id not in stop_ids:
                 made[idx].append(token_id)
-        if all(is_done):
+                next_ids[idx] = [token_id]
+        going = [idx for idx in going if next_ids[idx]]
+        if not going or num_made == max_tokens:
             break
-        logits = arm.feed([[token_id] for token_id in token_ids])
+        logits = arm.feed(next_ids)
     return made
 
 
