@@ -76,6 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--items", type=int, default=1000, help="per distance")
     parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
+    parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=SETTINGS)
     parser.add_argument("--together", type=int, default=32, help="chats at a time")
     parser.add_argument("--workers", type=int, default=2, help="processes that write items")
     args = parser.parse_args()
@@ -90,9 +91,9 @@ def main() -> None:
     print("|---:|---:|---|---:|---:|---:|---:|---:|", flush=True)
     for distance in args.distances:
         native: dict[int, bool] = {}
-        for name, setting in SETTINGS.items():
+        for name in args.settings:
             started = time.perf_counter()
-            right = _answers(probed, encoder, setting, items[distance], args.together)
+            right = _answers(probed, encoder, SETTINGS[name], items[distance], args.together)
             native = native or right
             lost = sum(native[i] and not right[i] for i in right)
             won = sum(right[i] and not native[i] for i in right)
