@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvchat import __version__, paths
+from kvchat.bench.flags import bench_flags, refuse_before_subcommand
 from kvchat.chat.options import OPTIONS, read_seed, set_sampling
 from kvchat.config import KV_RUNGS, SamplingParams
 from kvchat.errors import KvchatError, UsageError
@@ -143,9 +144,24 @@ def probe(show: Show, model: str | None, as_json: bool, **flags: Any) -> None:  
     show.answer(text + "\n", is_last=True)
 
 
-@cli.group(no_args_is_help=False)
-def bench() -> None:
-    """Measure kvchat on this machine."""
+@cli.group(no_args_is_help=False, invoke_without_command=True)
+@bench_flags
+@click.pass_context
+def bench(context: click.Context, **flags: Any) -> None:  # noqa: ANN401
+    """Measure kvchat on this machine: many sessions in one pool, each mode beside the others.
+
+    With -p and -n: llama-bench's rows. Other benchmarks have names of their own.
+    """
+    if context.invoked_subcommand is not None:
+        refuse_before_subcommand(context)
+        return
+    from kvchat.bench.command import answer
+
+    model = None if flags["shape"] else flags["model"] or _shipped_model()
+    if flags["shape"] and flags["model"]:
+        raise UsageError(f"a model and a shape: -m {flags['model']} and --shape {flags['shape']}")
+    show: Show = context.obj
+    show.answer(answer(flags, model, show.progress) + "\n", is_last=True)
 
 
 @bench.command()

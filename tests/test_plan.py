@@ -24,6 +24,8 @@ GIB = 2**30
 FIVE = ("llama2-7b", "llama3-8b", "tinyllama-1.1b", "qwen2.5-7b", "mistral-7b")
 # As published with the checkpoints, by counting their tensors.
 NUM_WEIGHTS = {
+    "stories15m": 15_191_712,
+    "stories42m": 41_689_600,
     "smollm-135m": 134_515_008,
     "smollm2-1.7b": 1_711_376_384,
     "tinyllama-1.1b": 1_100_048_384,

@@ -44,6 +44,12 @@ _QWEN3: dict[str, Any] = {"family": "qwen3", "norm_eps": 1e-6, "has_qk_norm": Tr
 _TIED = {"tie_word_embeddings": True}
 
 SHAPES = {
+    "stories15m": _shape(
+        (32000, 288, 768), (6, 6, 6, 48), 256, 1e4, checkpoint_dtype="float32", **_TIED
+    ),
+    "stories42m": _shape(
+        (32000, 512, 1376), (8, 8, 8, 64), 1024, 1e4, checkpoint_dtype="float32", **_TIED
+    ),
     "smollm-135m": _shape((49152, 576, 1536), (30, 9, 3, 64), 2048, 1e4, **_TIED),
     "smollm2-1.7b": _shape((49152, 2048, 8192), (24, 32, 32, 64), 8192, 1.3e5, **_TIED),
     "tinyllama-1.1b": _shape((32000, 2048, 5632), (22, 32, 4, 64), 2048, 1e4),

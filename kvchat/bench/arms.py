@@ -1,0 +1,226 @@
+"""What is compared: one model, and for each mode of the KV cache a pool of the same bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvchat.attention.backends import make_backend
+from kvchat.attention.rope import build_rope
+from kvchat.bench.shapes import find_shape
+from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
+from kvchat.engine.build import choose_device
+from kvchat.engine.engine import Engine, StepRunner
+from kvchat.engine.kv_mode import choose_kv_mode
+from kvchat.engine.request import Event
+from kvchat.engine.runner import Runner
+from kvchat.engine.sampler import Sampler
+from kvchat.engine.scheduler import Scheduler
+from kvchat.errors import CapacityError, UsageError
+from kvchat.kv.block_pool import BlockPool
+from kvchat.kv.cache import KVCache
+from kvchat.kv.codecs import CODEC_FINGERPRINT
+from kvchat.kv.layout import BlockLayout, Codec
+from kvchat.kv.planner import available_memory, format_size
+from kvchat.model.decoder import Decoder
+from kvchat.model.families import auto_dtype, parse_config, tensor_shapes
+from kvchat.model.source import Progress, resolve
+from kvchat.model.weights import choose_dtype, load_decoder
+
+WINDOW, SINK = 128, 64
+MAX_BATCH_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights, and what a run must know of them."""
+
+    name: str
+    config: ModelConfig
+    spec: KVSpec
+    decoder: Decoder
+    device: str
+    fingerprint: bytes
+    load_s: float
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read in every step: all matrices."""
+        return sum(linear.weight.nbytes for linear in self.decoder.linears())
+
+    @property
+    def vocab(self) -> range:
+        """Ids to draw prompts from: the specials at the front of most vocabularies left out."""
+        return range(min(300, self.config.vocab_size // 2), self.config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One mode of the KV cache over a pool of its own: what the scheduler has to know."""
+
+    mode: str
+    layout: BlockLayout
+    config: SchedulerConfig
+    fingerprint: bytes
+
+    @property
+    def kv(self) -> KVPolicy:
+        """What may be compressed, and when."""
+        return self.config.kv
+
+    @property
+    def pool_bytes(self) -> int:
+        """Reserved, null block and side arrays included."""
+        return self.config.num_blocks * self.layout.bytes_per_block
+
+    def start(
+        self, runner: StepRunner, listener: Callable[[list[Event]], None]
+    ) -> tuple[Engine, Scheduler]:
+        """A fresh engine with an empty pool; nothing of a run before is found again."""
+        pool = BlockPool(
+            self.config.num_blocks,
+            self.config.block_size,
+            self.fingerprint,
+            span_blocks=self.kv.span_blocks,
+            num_reserved=self.kv.num_reserved,
+        )
+        scheduler = Scheduler(self.config, pool)
+        return Engine(scheduler, runner, listener, self.layout.bytes_per_block), scheduler
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A Setup that can compute."""
+
+    setup: Setup
+    cache: KVCache
+    runner: Runner
+    compile_s: float
+
+
+def load_model(
+    model: str | None, shape: str | None, dtype: str, block_size: int, progress: Progress
+) -> Model:
+    """The model of this name, or random weights of this shape. Raises KvchatError."""
+    started = time.perf_counter()
+    device = choose_device("auto")
+    if shape is not None:
+        config, fingerprint = find_shape(shape), shape.encode()
+        dtype = _shape_dtype(config, dtype, device)
+        decoder = Decoder(config, _Random(config, dtype).fetch)
+        name = f"{shape} (random weights)"
+    else:
+        assert model is not None, "no model and no shape"
+        source = resolve(model, progress)
+        config, fingerprint, name = parse_config(source), source.fingerprint, source.name
+        dtype = choose_dtype(dtype, source, config, device, available_memory())
+        decoder = load_decoder(
+            source, config, dtype, device, lambda done, total: progress("loading", done, total)
+        )
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+    seconds = time.perf_counter() - started
+    return Model(name, config, spec, decoder, device, fingerprint + CODEC_FINGERPRINT, seconds)
+
+
+def make_setup(
+    model: Model, mode: str, num_bytes: int, max_tokens: int, max_seqs: int = 256
+) -> Setup:
+    """A pool of at most num_bytes in this mode, for chats of up to max_tokens."""
+    kv_mode = choose_kv_mode(mode, WINDOW, SINK, model.spec, Codec.INT4)
+    layout = BlockLayout(model.spec, kv_mode.lowest)
+    num_blocks = num_bytes // layout.bytes_per_block
+    config = SchedulerConfig(
+        max(num_blocks, kv_mode.policy.num_reserved + 2),
+        model.spec.block_size,
+        max_tokens,
+        max_seqs,
+        MAX_BATCH_TOKENS,
+        kv_mode.policy,
+    )
+    if config.max_request_tokens < max_tokens:
+        raise CapacityError(
+            f"a KV pool of {format_size(num_bytes)} holds {config.max_request_tokens:,} tokens of"
+            f" one chat in mode {mode}, and the longest has {max_tokens:,}; raise --kv-mem"
+        )
+    return Setup(mode, layout, config, model.fingerprint)
+
+
+def least_bytes(model: Model, mode: str, max_tokens: int) -> int:
+    """Of a pool that holds one chat of max_tokens in this mode, on its whole way there."""
+    kv_mode = choose_kv_mode(mode, WINDOW, SINK, model.spec, Codec.INT4)
+    kv = kv_mode.policy
+    num_blocks = kv.peak_blocks(max_tokens, model.spec.block_size) + kv.num_reserved + 1
+    return num_blocks * BlockLayout(model.spec, kv_mode.lowest).bytes_per_block
+
+
+def supported_modes(model: Model, modes: list[str]) -> list[str]:
+    """Those that this model's heads allow; raises UsageError when none is left."""
+    found, reason = [], ""
+    for mode in modes:
+        try:
+            choose_kv_mode(mode, WINDOW, SINK, model.spec, Codec.INT4)
+            found.append(mode)
+        except UsageError as error:
+            reason = str(error)
+    if not found:
+        raise UsageError(reason)
+    return found
+
+
+def make_arm(model: Model, setup: Setup, progress: Progress) -> Arm:
+    """Reserve the pool, and compile what the first step would wait for."""
+    if setup.pool_bytes > available_memory():
+        raise CapacityError(
+            f"the KV pool wants {format_size(setup.pool_bytes)} and"
+            f" {format_size(available_memory())} are available; lower --kv-mem or the lengths"
+        )
+    cache = KVCache(model.spec, setup.config.num_blocks, model.device, setup.layout.lowest)
+    rope = build_rope(model.config, setup.config.max_request_tokens, model.device)
+    backend = make_backend(model.device, model.config, cache, rope)
+    runner = Runner(model.decoder, cache, backend, Sampler(frozenset()))
+    started = time.perf_counter()
+    runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
+    return Arm(setup, cache, runner, time.perf_counter() - started)
+
+
+def _shape_dtype(config: ModelConfig, asked: str, device: str) -> str:
+    """As for a checkpoint of this shape; CapacityError when its weights are too many."""
+    available = available_memory()
+    num_values = sum(_num_values(shape) for shape in tensor_shapes(config).values())
+    if asked == "auto":
+        asked = auto_dtype(num_values, config.checkpoint_dtype, device, available)
+    needed = num_values * torch.empty(0, dtype=getattr(torch, asked)).element_size()
+    if needed > available:
+        raise CapacityError(
+            f"random weights of this shape need {format_size(needed)} as {asked} and"
+            f" {format_size(available)} are available; choose a smaller --shape"
+        )
+    return asked
+
+
+def _num_values(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+class _Random:
+    """Weights from a seed, of the size that training leaves: activations stay near one."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self._shapes = tensor_shapes(config)
+        self._dtype = getattr(torch, dtype)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def fetch(self, *names: str) -> Tensor:
+        """The named tensors stacked along their first dimension."""
+        return torch.cat([self._make(name) for name in names])
+
+    def _make(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype)
+        made = torch.empty(shape, dtype=self._dtype)
+        return made.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
