@@ -190,6 +190,15 @@ def test_a_span_longer_than_the_slice_is_compressed_alone():
     assert len(shelf.compress_all()) == 1 and shelf.ladder.is_spent
 
 
+def test_a_span_that_many_share_takes_more_of_the_slice():
+    shelf = Shelf(KVPolicy("auto", 8, 4, (1, 2), num_reserved=1, slice_tokens=64))
+    parent = shelf.add(100)
+    for _ in range(3):
+        shelf.put(shelf.pool.fork(parent, 100))
+
+    assert len(shelf.compress_all()) == 1 and shelf.ladder.is_spent
+
+
 def test_nothing_is_spent_when_there_is_nothing_to_compress():
     shelf = Shelf(AUTO)
     shelf.add(23)

@@ -202,20 +202,20 @@ class Scheduler:
         """
         batch = self._unlaunched = Batch([], [], 0)
         self._memory.begin_step(batch.block_ops)
-        budget = self.config.max_num_batched_tokens
+        budget, roster = self.config.max_num_batched_tokens, self._roster
         num_preemptions = self.counters.num_preemptions
         num_waiting, blocked = 0, ""
         # One newcomer a step gets in beside a long prompt that would take all of the budget.
-        num_kept = int(self.num_running < min(len(self._requests), self._max_running))
+        num_kept = int(roster.num_running < min(len(self._requests), self._max_running))
         num_served = 0  # running requests that this loop has passed
-        for request in self._roster.by_priority():
+        for request in roster.by_priority():
             if request.seq is None:
                 num_kept = 0
                 # Who was preempted in this step must not come back in it: when tokens are read
                 # late, rows of two sequences would be launched and a token still be pending.
                 if not blocked and self.counters.num_preemptions != num_preemptions:
                     blocked = "memory"
-                has_budget = budget > self.num_running - num_served
+                has_budget = budget > roster.num_running - num_served
                 blocked = blocked or self._admit(request, has_budget, batch)
                 if blocked:
                     request.wait_reason = f"waiting for {blocked} ({num_waiting} ahead)"
@@ -223,7 +223,7 @@ class Scheduler:
                     continue
             num_served += 1
             # Everybody behind it is owed one token.
-            num_owed = self.num_running - num_served + num_kept
+            num_owed = roster.num_running - num_served + num_kept
             budget -= self._serve(request, budget - num_owed, batch)
         self._unlaunched = None
         if not batch.rows and not batch.block_ops:
@@ -259,7 +259,7 @@ class Scheduler:
                     self.pool.unseal(request.seq)
                 events.append(self._finish(request, "error", NON_FINITE))
                 continue
-            end = row.end
+            end = row.start + row.num_tokens
             has_filled_block = end % block_size < row.num_tokens
             if has_filled_block and request.seq is not None:
                 self.pool.seal(request.seq, request.token_ids, end)
@@ -348,6 +348,8 @@ class Scheduler:
         max_tokens = request.sampling.max_tokens
         if max_tokens is not None and num_tokens - request.num_prompt_tokens >= max_tokens:
             return True
+        if not self._roster.pinned:  # asked for every token
+            return num_tokens >= self._max_request_tokens
         return num_tokens >= self._limit(request.session_id)
 
     def _accept(self, request: Request, token_id: int) -> Event:

@@ -10,9 +10,10 @@ look ended, and a shared span waits with the holder that keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvchat.config import KVPolicy
@@ -20,6 +21,8 @@ from kvchat.kv.block_pool import BlockPool, CompressSpan, Sequence
 from kvchat.kv.layout import BLOCK_ID_BITS, SPAN_INDEX_BITS, Codec, block_ids
 
 _CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
+# What rewriting one more table takes of a slice: a span that 1,000 share has a step of its own.
+_TOKENS_PER_HOLDER = 16
 
 
 class Warmth(IntEnum):
@@ -62,9 +65,18 @@ class _Order:
 
     holders: list[Holder]
     by_seq: dict[Sequence, Holder] = field(init=False)
+    pinned: set[Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
         self.by_seq = {holder.seq: holder for holder in self.holders}
+        self.pinned = {holder.seq for holder in self.holders if holder.is_pinned}
+
+    def warmer(self, warmth: Warmth) -> Iterator[Sequence]:
+        """Those that come after all of this warmth."""
+        for holder in reversed(self.holders):
+            if holder.warmth <= warmth:
+                return
+            yield holder.seq
 
     def who_names(self, entry: int, start: int) -> Sequence | None:
         """Some sequence whose table has this entry there."""
@@ -139,7 +151,7 @@ class Ladder:
             return None
         num_entries = self._pool.span_blocks[span.codec]
         block_size = self._pool.block_size
-        self._num_tokens_left -= num_entries * block_size
+        self._num_tokens_left -= self._cost(span)
         for rung in self.rungs:
             rung.note(span, entry)
         session_ids = [self._order.by_seq[seq].session_id for seq in span.holders]
@@ -159,9 +171,13 @@ class Ladder:
 
     def _has_budget(self, span: Span) -> bool:
         policy = self._policy
-        num_tokens = self._pool.span_blocks[span.codec] * self._pool.block_size
         is_first = self._num_tokens_left == policy.slice_tokens
-        return policy.is_eager or is_first or self._num_tokens_left >= num_tokens
+        return policy.is_eager or is_first or self._num_tokens_left >= self._cost(span)
+
+    def _cost(self, span: Span) -> int:
+        """What it takes of the slice, in tokens."""
+        num_tokens = self._pool.span_blocks[span.codec] * self._pool.block_size
+        return max(num_tokens, (len(span.holders) - 1) * _TOKENS_PER_HOLDER)
 
 
 class _Torn(NamedTuple):
@@ -264,11 +280,13 @@ class _Rung:
         span, cursor = None, self._cursors.get(seq, first)
         while span is None and cursor + num_entries <= end:
             entry = seq.table[cursor]
-            if not self._is_source(seq.table, cursor):
+            if entry in self._keepers or entry in self._torn:
+                pass  # seen with another who shares it
+            elif not self._is_source(seq.table, cursor):
                 pass
             elif self._is_exclusive(seq, cursor):
                 span = Span([seq], cursor, self._codec)
-            elif entry not in self._keepers and entry not in self._torn:
+            else:
                 span = self._try(holder, entry, cursor, order)
             cursor += num_entries if span is None else 0
         self._cursors[seq] = cursor
@@ -283,19 +301,19 @@ class _Rung:
             return None
         if not self._is_source(seq.table, start):
             return None
+        for other in order.warmer(holder.warmth):
+            if start < len(other.table) and other.table[start] == entry:
+                self._wait(other, entry, start)
+                self._fresh[other] = None  # it comes later in the order
+                return None
         holders = self._pool.holders(seq, start, self._num_entries, order.by_seq)
         if holders is None:
             self._tear(seq, entry, start, order)
             return None
-        for other in holders:
-            record = order.by_seq[other]
-            if record.is_pinned or self._eligible(other)[1] < end:
-                self._wait(other, entry, start)
-                return None
-        warmest = max(holders, key=lambda other: order.by_seq[other].warmth)
-        if order.by_seq[warmest].warmth > holder.warmth:
-            self._wait(warmest, entry, start)
-            self._fresh[warmest] = None  # it comes later in the order
+        shortest = min(holders, key=attrgetter("num_sealed"))
+        pinned = order.pinned.intersection(holders)
+        if pinned or self._eligible(shortest)[1] < end:
+            self._wait(pinned.pop() if pinned else shortest, entry, start)
             return None
         self._wait(seq, entry, start)  # until it is compressed
         return Span(holders, start, self._codec)

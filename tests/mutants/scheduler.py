@@ -124,8 +124,8 @@ MUTANTS = [
     _scheduler(
         "one token too many",
         (
-            "return num_tokens >= self._limit(request.session_id)",
-            "return num_tokens > self._limit(request.session_id)",
+            "return num_tokens >= self._max_request_tokens",
+            "return num_tokens > self._max_request_tokens",
         ),
     ),
     _scheduler(
@@ -181,11 +181,11 @@ COMPRESSION_MUTANTS = [
     _ladder("the sinks are not protected", ("return start // block_size, end", "return 0, end")),
     _ladder(
         "a span in another's window is compressed",
-        ("if record.is_pinned or self._eligible(other)[1] < end:", "if record.is_pinned:"),
+        ("if pinned or self._eligible(shortest)[1] < end:", "if pinned:"),
     ),
     _ladder(
         "a span that a pinned session shares is compressed",
-        ("if record.is_pinned or self._eligible", "if self._eligible"),
+        ("if pinned or self._eligible", "if self._eligible"),
     ),
     _ladder(
         "a pinned session is compressed",
