@@ -571,7 +571,7 @@ def test_pinning_is_shown_and_given_up():
     assert pins == [("set_pinned", 1, True), ("set_pinned", 1, False)]
     assert "> /pin chat-1\npinned chat-1; /unpin lets it go\n" in transcript
     assert re.findall(r">  1  chat-1 +(\w*) +28", transcript) == ["pinned", ""]
-    assert "chat-1: pinned, nothing of it is compressed" in transcript
+    assert "chat-1: pinned, no more of it is compressed" in transcript
 
 
 def test_a_pin_that_the_pool_cannot_hold_is_refused_and_not_shown():

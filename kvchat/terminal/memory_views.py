@@ -261,7 +261,7 @@ def session_kv_lines(session: Session, kv: SessionKV, facts: EngineFacts) -> lis
 
 def _protection(session: Session, facts: EngineFacts) -> str:
     if session.is_pinned:
-        return "pinned, nothing of it is compressed"
+        return "pinned, no more of it is compressed"
     policy = facts.scheduler.kv
     span = facts.layout.span_tokens(Codec(policy.rungs[0][1]))
     sink = -(-policy.sink // span) * span
