@@ -1,11 +1,12 @@
 """What the cpu kernels do with an entry whose tokens are codes: INT8 and INT4, read as stored.
 
 Called by cpu_kernels alone, and compiled into its kernels. Codes become float32 once for all heads
-of a group; what scales them is applied to the query, the score or the probability, never to each
-value. Bytes stand as kv/layout tells, and mean what kv/codecs tells.
+of a group. What scales them is applied to the query, the score or the probability; only where a
+token's values have several scales, to those, also once for all heads. Bytes stand as kv/layout
+tells, and mean what kv/codecs tells.
 
 Dimensions in comments: G heads that share a kv head, T block_size, D head_dim, W columns of a tile.
-`codes` and `side` are the part (K or V) and the side piece of a block's layer and kv head.
+`codes` is the part (K or V) of a block's layer and kv head, `side` its side piece.
 """
 
 from __future__ import annotations
@@ -14,171 +15,189 @@ import numpy as np
 from numpy import float32, int8, int32
 
 from kvchat.attention.cpu_jit import FLOAT16, Bytes, Floats, Halves, fast
-from kvchat.attention.cpu_tiles import accumulate, score, widen
+from kvchat.attention.cpu_tiles import widen
 from kvchat.attention.slots import CODEC_SHIFT, SPAN_INDEX_MASK
 from kvchat.kv.layout import BLOCK_ID_BITS, K_GROUP, Codec
 
 _INT8, _INT4 = int(Codec.INT8), int(Codec.INT4)
 _MIDPOINT = float32(7.5)  # of an INT4 value's codes
+_ZERO = float32(0)
+
+
+@fast
+def load_codes(wide: Floats, codes: Bytes, entry: int, is_value: bool) -> None:
+    """wide: [T, D] becomes an INT8 or INT4 entry's codes; those of INT4 values less 7.5."""
+    slot, dim = _slot(entry, wide.shape[0]), wide.shape[1]
+    if entry >> CODEC_SHIFT == _INT8:
+        _load_int8(wide, codes[slot * dim :])
+    else:
+        _load_int4(wide, codes[slot * dim // 2 :], _MIDPOINT if is_value else _ZERO)
 
 
 @fast
 def fold_tile(
-    queries: Floats,  # [3, G, D] the last becomes the INT4 keys' query
-    dots: Floats,  # [G] out
-    side: Halves,  # the piece of the tile's first block
+    queries: Floats,  # [3, G, D] by codec; that of INT4 keys is filled
+    dots: Floats,  # [3, G] likewise
+    side: Halves,
     entry: int,  # the tile's first
     block_size: int,
     part_bytes: int,
     v_group: int,
 ) -> None:
-    """Fold the tile's key scales into the query, if it is INT4: then all of it is one group."""
+    """If the tile is INT4, and so one group of keys: query . key = dot + folded query . code."""
     if entry >> CODEC_SHIFT != _INT4:
         return
     dim = queries.shape[2]
     scales, zeros = np.empty(dim, np.float32), np.empty(dim, np.float32)
     group_idx = _slot(entry, block_size) // K_GROUP
-    _load_key_scales(scales, zeros, side, group_idx, part_bytes * 2 // dim, v_group)
-    _fold_query(queries[2], dots, queries[0], scales, zeros)
+    _load_key_grid(scales, zeros, side, group_idx, part_bytes * 2 // dim, v_group)
+    for g in range(queries.shape[1]):
+        query, folded, dot = queries[0, g], queries[_INT4, g], _ZERO
+        for d in range(dim):
+            folded[d] = query[d] * scales[d]
+            dot += query[d] * zeros[d]
+        dots[_INT4, g] = dot
 
 
 @fast
-def score_codes(
-    scores: Floats,  # [G, W] columns from `column` on are filled
+def _load_key_scales(scales: Floats, side: Halves, entry: int) -> None:
+    """scales: [T] what the scores of an entry's codes are multiplied with."""
+    if entry >> CODEC_SHIFT == _INT8:
+        _load_scales(scales, side[_slot(entry, scales.size) :])
+    else:
+        scales[:] = float32(1)
+
+
+@fast
+def _load_value_scales(
+    scales: Floats,  # [T * D / V_GROUP] out: token after token
+    side: Halves,
+    entry: int,
+    block_size: int,
+    part_bytes: int,
+    dim: int,
+) -> int:
+    """What an entry's values are multiplied with; returns how many scales a token has."""
+    slot = _slot(entry, block_size)
+    if entry >> CODEC_SHIFT == _INT8:
+        _load_scales(scales[:block_size], side[part_bytes // dim + slot :])
+        return 1
+    num_groups = scales.size // block_size
+    _load_scales(scales, side[part_bytes * 2 // K_GROUP + slot * num_groups :])
+    return int(num_groups)
+
+
+@fast
+def scale_scores(
+    scores: Floats,  # [G, W] in and out: of queries and codes
     column: int,
-    queries: Floats,  # [3, G, D]
-    dots: Floats,  # [G]
-    wide: Floats,  # [T, D] spare
-    codes: Bytes,
+    scales: Floats,  # [T] spare
+    dots: Floats,  # [3, G] by codec
     side: Halves,
     entry: int,
 ) -> None:
-    """Scores of an INT8 or INT4 entry's keys."""
-    block_size, dim = wide.shape
-    slot = _slot(entry, block_size)
-    if entry >> CODEC_SHIFT == _INT8:
-        _load_int8(wide, codes[slot * dim :])
-        score(scores, column, queries[1], wide, block_size)
-        for t in range(block_size):
-            scale = widen(side[slot + t], FLOAT16)
-            for g in range(scores.shape[0]):
-                scores[g, column + t] *= scale
-    else:
-        _load_int4(wide, codes[slot * dim // 2 :], float32(0))
-        score(scores, column, queries[2], wide, block_size)
-        for g in range(dots.size):
-            for t in range(block_size):
-                scores[g, column + t] += dots[g]
+    """Make the scores of an entry's codes those of its keys."""
+    _load_key_scales(scales, side, entry)
+    for g in range(scores.shape[0]):
+        row, dot = scores[g, column : column + scales.size], dots[entry >> CODEC_SHIFT, g]
+        for t in range(scales.size):
+            row[t] = row[t] * scales[t] + dot
 
 
 @fast
-def accumulate_codes(
-    out: Floats,  # [G, D]
-    scores: Floats,  # [G, W] probabilities
+def scale_values(
+    wide: Floats,  # [T, D] in and out: codes
+    scores: Floats,  # [G, W] in and out: probabilities, 0 of tokens that are not seen
     column: int,
-    weights: Floats,  # [G, T] spare
-    wide: Floats,  # [T, D] spare
-    codes: Bytes,
+    scales: Floats,  # [T * D / V_GROUP] spare
     side: Halves,
     entry: int,
-    v_group: int,
+    part_bytes: int,
 ) -> None:
-    """Add an INT8 or INT4 entry's values, weighed with their scales and probabilities."""
-    block_size, dim = wide.shape
-    slot = _slot(entry, block_size)
-    if entry >> CODEC_SHIFT == _INT8:
-        _load_int8(wide, codes[slot * dim :])
-        _weigh(weights, scores, column, side[codes.size // dim + slot :], 1, 0)
-        accumulate(out, weights, 0, wide, block_size, 0, dim)
-    else:
-        _load_int4(wide, codes[slot * dim // 2 :], _MIDPOINT)
-        num_groups, num_slots = dim // v_group, codes.size * 2 // dim
-        scales = side[num_slots // K_GROUP * dim + slot * num_groups :]
-        for i in range(num_groups):
-            _weigh(weights, scores, column, scales, num_groups, i)
-            accumulate(out, weights, 0, wide, block_size, i * v_group, (i + 1) * v_group)
+    """Make a sum of probabilities times codes one of probabilities times values.
 
-
-@fast
-def hadamard(row: Floats, spare: Floats) -> None:
-    """The transform of each run of n channels of row: [D], in place; n: the power of two in D.
-
-    Every stage pairs j with j + n / 2 and puts the results side by side, so that loads and stores
-    are contiguous; after log2(n) stages all stand where they began. spare: [D]
+    A token's one scale goes to its probabilities. Several (INT4 of more than 64 channels) go to
+    its values, once for all heads: a sum over few channels at a time would cost more. What is not
+    seen counts 0 even if its scale is NaN.
     """
-    n = row.size & -row.size
-    half, size = n // 2, 1
-    source, target = row, spare
-    while size < n:
-        for start in range(0, row.size, n):
-            low, high = source[start : start + half], source[start + half : start + n]
-            out = target[start : start + n]
+    block_size, dim = wide.shape
+    if _load_value_scales(scales, side, entry, block_size, part_bytes, dim) > 1:
+        _multiply(wide, scales)
+        return
+    for g in range(scores.shape[0]):
+        row = scores[g, column : column + block_size]
+        for t in range(row.size):
+            row[t] = row[t] * scales[t] if row[t] != _ZERO else _ZERO
+
+
+@fast
+def hadamard(row: Floats) -> None:
+    """The transform of each run of n channels of row: [D], in place; n: the power of two in D."""
+    n, half = row.size & -row.size, 1
+    while half < n:
+        for start in range(0, row.size, 2 * half):
+            low, high = row[start : start + half], row[start + half : start + 2 * half]
             for j in range(half):
-                out[2 * j] = low[j] + high[j]
-                out[2 * j + 1] = low[j] - high[j]
-        source, target = target, source
-        size *= 2
-    row[:] = source
+                low[j], high[j] = low[j] + high[j], low[j] - high[j]
+        half *= 2
 
 
 @fast
 def decode_keys(
-    wide: Floats,  # [T, D] out
-    codes: Bytes,
+    wide: Floats,  # [T, D] in: codes; out: keys, unrotated
+    scales: Floats,  # [T] spare
     side: Halves,
-    signs: Floats,
+    signs: Floats,  # [D]
     entry: int,
+    part_bytes: int,
     v_group: int,
 ) -> None:
-    """An INT8 or INT4 entry's keys, unrotated."""
+    """What an INT8 or INT4 entry's codes mean."""
     block_size, dim = wide.shape
-    slot, spare = _slot(entry, block_size), np.empty(dim, np.float32)
+    spare, zeros = np.empty(dim, np.float32), np.empty(dim, np.float32)
     if entry >> CODEC_SHIFT == _INT8:
-        _load_int8(wide, codes[slot * dim :])
+        _load_key_scales(scales, side, entry)
         for t in range(block_size):
-            hadamard(wide[t], spare)
-            scale = widen(side[slot + t], FLOAT16)
+            hadamard(wide[t])
             for d in range(dim):
-                wide[t, d] *= scale * signs[d]
+                wide[t, d] *= scales[t] * signs[d]
     else:
-        _load_int4(wide, codes[slot * dim // 2 :], float32(0))
-        zeros = np.empty(dim, np.float32)
-        _load_key_scales(spare, zeros, side, slot // K_GROUP, codes.size * 2 // dim, v_group)
+        group_idx = _slot(entry, block_size) // K_GROUP
+        _load_key_grid(spare, zeros, side, group_idx, part_bytes * 2 // dim, v_group)
         for t in range(block_size):
             for d in range(dim):
                 wide[t, d] = zeros[d] + spare[d] * wide[t, d]
 
 
 @fast
-def decode_values(
-    wide: Floats,  # [T, D] out
-    codes: Bytes,
-    side: Halves,
-    entry: int,
-    v_group: int,
-) -> None:
-    """An INT8 or INT4 entry's values."""
+def decode_values(wide: Floats, scales: Floats, side: Halves, entry: int, part_bytes: int) -> None:
+    """wide: [T, D] an INT8 or INT4 entry's codes become its values. scales: spare, as loaded."""
     block_size, dim = wide.shape
-    slot = _slot(entry, block_size)
-    if entry >> CODEC_SHIFT == _INT8:
-        _load_int8(wide, codes[slot * dim :])
-        scales, width = side[codes.size // dim + slot :], dim
-    else:
-        _load_int4(wide, codes[slot * dim // 2 :], _MIDPOINT)
-        num_groups, num_slots = dim // v_group, codes.size * 2 // dim
-        scales, width = side[num_slots // K_GROUP * dim + slot * num_groups :], v_group
-    for i in range(block_size * (dim // width)):
-        scale = widen(scales[i], FLOAT16)
-        row = wide[i * width // dim]
-        start = i * width % dim
-        for d in range(start, start + width):
-            row[d] *= scale
+    num_groups = _load_value_scales(scales, side, entry, block_size, part_bytes, dim)
+    _multiply(wide, scales[: block_size * num_groups])
 
 
 @fast
 def _slot(entry: int, block_size: int) -> int:
     """The first of a block's tokens that an entry means."""
     return (entry >> BLOCK_ID_BITS & SPAN_INDEX_MASK) * block_size
+
+
+@fast
+def _multiply(wide: Floats, scales: Floats) -> None:
+    """wide: [T, D] * scales: [T * N], each for D / N channels of a token."""
+    width = wide.size // scales.size
+    rows = wide.reshape(scales.size, width)
+    for i in range(scales.size):
+        scale = scales[i]
+        for d in range(width):
+            rows[i, d] *= scale
+
+
+@fast
+def _load_scales(scales: Floats, halves: Halves) -> None:
+    for i in range(scales.size):
+        scales[i] = widen(halves[i], FLOAT16)
 
 
 @fast
@@ -204,7 +223,7 @@ def _load_int4(wide: Floats, codes: Bytes, midpoint: float32) -> None:
 
 
 @fast
-def _load_key_scales(
+def _load_key_grid(
     scales: Floats,  # [D] out
     zeros: Floats,  # [D] out
     side: Halves,
@@ -222,31 +241,3 @@ def _load_key_scales(
     for d in range(dim):
         scales[d] = factor * float32(small[d])
         zeros[d] = widen(large[d], FLOAT16)
-
-
-@fast
-def _fold_query(folded: Floats, dots: Floats, query: Floats, scales: Floats, zeros: Floats) -> None:
-    """query . (zeros + scales * code) = dots + folded . code. query, folded: [G, D]; dots: [G]."""
-    for g in range(query.shape[0]):
-        row, out, dot = query[g], folded[g], float32(0)
-        for d in range(row.size):
-            out[d] = row[d] * scales[d]
-            dot += row[d] * zeros[d]
-        dots[g] = dot
-
-
-@fast
-def _weigh(
-    weights: Floats,  # [G, T] out
-    scores: Floats,  # [G, W] probabilities; 0 where a token is not seen
-    first: int,
-    scales: Halves,  # float16; token t has scales[t * stride + offset]
-    stride: int,
-    offset: int,
-) -> None:
-    """weights[g, t] = scores[g, first + t] * token t's scale, but 0 stays 0 whatever the scale."""
-    for t in range(weights.shape[1]):
-        scale = widen(scales[t * stride + offset], FLOAT16)
-        for g in range(weights.shape[0]):
-            weight = scores[g, first + t]
-            weights[g, t] = weight * scale if weight != float32(0) else weight

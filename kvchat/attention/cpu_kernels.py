@@ -18,12 +18,13 @@ import numpy as np
 from numpy import float32
 
 from kvchat.attention.cpu_codes import (
-    accumulate_codes,
     decode_keys,
     decode_values,
     fold_tile,
     hadamard,
-    score_codes,
+    load_codes,
+    scale_scores,
+    scale_values,
 )
 from kvchat.attention.cpu_jit import (
     FLOAT32,
@@ -45,10 +46,11 @@ from kvchat.attention.cpu_tiles import (
     narrow,
     scale_query,
     score,
+    start_sums,
     update,
     widen,
 )
-from kvchat.attention.slots import BLOCK_ID_MASK
+from kvchat.attention.slots import BLOCK_ID_MASK, CODEC_SHIFT
 
 Pool = Elements  # [B, L, 2, K, T, D]
 Payload = Bytes  # [B, L, 2, K, T * D * element size]: the pool's bytes
@@ -102,13 +104,12 @@ def rotate_heads(
     signs: Floats,  # [D] the codecs' signs, over the root of the power of two in D
 ) -> None:
     """Rotate the queries of `tokens` as INT8 keys are rotated."""
-    spare = np.empty(signs.size, np.float32)
     for i in range(tokens.size):
         for head in range(q.shape[1]):
             source, row = q[tokens[i], head], out[tokens[i], head]
             for d in range(signs.size):
                 row[d] = source[d] * signs[d]
-            hadamard(row, spare)
+            hadamard(row)
 
 
 @kernel
@@ -132,20 +133,17 @@ def attend_splits(
     """One query token against one run of positions, for the G heads that share a kv head."""
     num_kv_heads, block_size, dim = pool.shape[3], pool.shape[4], pool.shape[5]
     group = q.shape[1] // num_kv_heads
-    wide = np.empty((block_size, dim), np.float32)  # an entry's K, then its V
+    wide = np.empty((block_size, dim), np.float32)  # an entry's keys or values, or their codes
     scores = np.empty((group, TILE_TOKENS), np.float32)
-    weights = np.empty((group, block_size), np.float32)
-    queries = np.empty((3, group, dim), np.float32)  # for native, INT8 and INT4 keys
-    dots = np.empty(group, np.float32)
+    queries, dots = np.empty((3, group, dim), np.float32), np.zeros((3, group), np.float32)
+    scales = np.empty(block_size * (dim // v_group), np.float32)
     for unit in range(first, last):
         split_idx, h = unit // num_kv_heads, unit % num_kv_heads
         token_idx, table_start = splits[split_idx, 0], splits[split_idx, 1]
         begin, end = splits[split_idx, 2], splits[split_idx, 3]
         heads = slice(h * group, (h + 1) * group)
         out, stat = sums[split_idx, heads], stats[split_idx, heads]
-        out[:] = float32(0)
-        stat[:, 0] = LOWEST
-        stat[:, 1] = float32(0)
+        start_sums(out, stat)
         scale_query(queries[0], q[token_idx, heads], scale)
         if side is not None:
             scale_query(queries[1], rotated_q[token_idx, heads], scale)
@@ -154,31 +152,30 @@ def attend_splits(
             tile = tables[table_start + start // block_size :]  # its entries, and what follows
             entries = range(unseen // block_size, -(-num_tokens // block_size))
             if side is not None:
-                piece = side[tile[entries.start] & BLOCK_ID_MASK, layer_idx, h]
-                fold_tile(
-                    queries, dots, piece, tile[entries.start], block_size, payload.shape[4], v_group
-                )
-            for i in entries:
-                column, num_rows = i * block_size, min(num_tokens - i * block_size, block_size)
-                if side is None or tile[i] <= BLOCK_ID_MASK:
-                    load_native(wide, pool[tile[i], layer_idx, 0, h], num_rows, kind)
-                    score(scores, column, queries[0], wide, num_rows)
-                else:
-                    block_id = tile[i] & BLOCK_ID_MASK
-                    codes, piece = payload[block_id, layer_idx, 0, h], side[block_id, layer_idx, h]
-                    score_codes(scores, column, queries, dots, wide, codes, piece, tile[i])
-            update(scores, stat, out, unseen, num_tokens, entries.stop * block_size)
-            for i in entries:
-                column, num_rows = i * block_size, min(num_tokens - i * block_size, block_size)
-                if side is None or tile[i] <= BLOCK_ID_MASK:
-                    load_native(wide, pool[tile[i], layer_idx, 1, h], num_rows, kind)
-                    accumulate(out, scores, column, wide, num_rows, 0, dim)
-                else:
-                    block_id = tile[i] & BLOCK_ID_MASK
-                    codes, piece = payload[block_id, layer_idx, 1, h], side[block_id, layer_idx, h]
-                    accumulate_codes(
-                        out, scores, column, weights, wide, codes, piece, tile[i], v_group
-                    )
+                entry = tile[entries.start]
+                piece = side[entry & BLOCK_ID_MASK, layer_idx, h]
+                fold_tile(queries, dots, piece, entry, block_size, payload.shape[4], v_group)
+            for part in range(2):  # K, then V
+                if part == 1:
+                    update(scores, stat, out, unseen, num_tokens, entries.stop * block_size)
+                for i in entries:
+                    entry, block_id = tile[i], tile[i] & BLOCK_ID_MASK
+                    column, num_rows = i * block_size, min(num_tokens - i * block_size, block_size)
+                    if entry <= BLOCK_ID_MASK:
+                        load_native(wide, pool[block_id, layer_idx, part, h], num_rows, kind)
+                    elif side is not None:
+                        load_codes(wide, payload[block_id, layer_idx, part, h], entry, part == 1)
+                    if part == 0:
+                        score(scores, column, queries[entry >> CODEC_SHIFT], wide, num_rows)
+                        if side is not None and entry > BLOCK_ID_MASK:
+                            piece = side[block_id, layer_idx, h]
+                            scale_scores(scores, column, scales[:block_size], dots, piece, entry)
+                        continue
+                    if side is not None and entry > BLOCK_ID_MASK:
+                        piece = side[block_id, layer_idx, h]
+                        scale_values(wide, scores, column, scales, piece, entry, payload.shape[4])
+                    wide[: max(unseen - column, 0)] = float32(0)  # 0 * NaN is NaN
+                    accumulate(out, scores, column, wide, num_rows)
 
 
 @kernel
@@ -195,10 +192,10 @@ def merge_splits(
         while end < len(splits) and splits[end, 0] == splits[begin, 0]:
             end += 1
         for head in range(out.shape[1]):
-            top = stats[begin:end, head, 0].max()
-            row = out[splits[begin, 0], head]
+            row, top, total = out[splits[begin, 0], head], LOWEST, float32(0)
             row[:] = float32(0)
-            total = float32(0)
+            for s in range(begin, end):
+                top = stats[s, head, 0] if stats[s, head, 0] > top else top
             for s in range(begin, end):
                 weight = exp2(stats[s, head, 0] - top)
                 total += stats[s, head, 1] * weight
@@ -225,21 +222,22 @@ def gather_blocks(
     last: int,
 ) -> None:
     """Copy one layer of one sequence out of the pool, as float32; unwritten slots are zero."""
-    block_size = pool.shape[4]
+    block_size, dim, part_bytes = pool.shape[4], pool.shape[5], payload.shape[4]
+    scales = np.empty(block_size * (dim // v_group), np.float32)
     for unit in range(first, last):
         part, h = unit // pool.shape[3], unit % pool.shape[3]
         for i in range(table.size):
+            entry, block_id, wide = table[i], table[i] & BLOCK_ID_MASK, scratch[part, h, i]
             num_tokens = last_tokens if i == table.size - 1 else block_size
-            wide = scratch[part, h, i]
-            if side is None or table[i] <= BLOCK_ID_MASK:
-                load_native(wide, pool[table[i], layer_idx, part, h], num_tokens, kind)
+            if entry <= BLOCK_ID_MASK:
+                load_native(wide, pool[block_id, layer_idx, part, h], num_tokens, kind)
             elif side is not None:
-                block_id = table[i] & BLOCK_ID_MASK
-                codes, piece = payload[block_id, layer_idx, part, h], side[block_id, layer_idx, h]
+                piece = side[block_id, layer_idx, h]
+                load_codes(wide, payload[block_id, layer_idx, part, h], entry, part == 1)
                 if part == 0:
-                    decode_keys(wide, codes, piece, signs, table[i], v_group)
+                    decode_keys(wide, scales[:block_size], piece, signs, entry, part_bytes, v_group)
                 else:
-                    decode_values(wide, codes, piece, table[i], v_group)
+                    decode_values(wide, scales, piece, entry, part_bytes)
 
 
 def compile_kernels(kind: int, has_codes: bool, progress: Callable[[int, int], None]) -> None:

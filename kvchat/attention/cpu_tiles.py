@@ -1,11 +1,10 @@
-"""What the cpu kernels do with one entry's tokens: read them as stored, score them, sum them up.
+"""What the cpu kernels do with float32 tokens: score them, and sum them up. And number formats.
 
-Called by cpu_kernels alone, and compiled into its kernels. Inner loops run over contiguous
-head_dim, so that LLVM turns them into SIMD; codes become float32 once for all heads of a group, and
-their scales are applied to the query, the score or the probability, not to each value.
+Called by cpu_kernels and cpu_codes alone, and compiled into the kernels. Inner loops run over
+contiguous head_dim, so that LLVM turns them into SIMD.
 
-Dimensions in comments: G heads that share a kv head, T block_size, D head_dim, S tokens of a block
-of the codec, W = TILE_TOKENS. Indices: g head of the group, t token, d channel.
+Dimensions in comments: G heads that share a kv head, T block_size, D head_dim, W columns of a tile.
+Indices: g head of the group, t token, d channel.
 """
 
 from __future__ import annotations
@@ -101,6 +100,14 @@ def load_native(wide: Floats, tokens: Elements, num_tokens: int, kind: int) -> N
 
 
 @fast
+def start_sums(out: Floats, stat: Floats) -> None:
+    """out: [G, D], stat: [G, 2] as update and accumulate take them up, of no token yet."""
+    out[:] = float32(0)
+    stat[:, 0] = LOWEST
+    stat[:, 1] = float32(0)
+
+
+@fast
 def scale_query(query: Floats, q: Floats, scale: float) -> None:
     """query, q: [G, D]; query becomes q * scale."""
     for g in range(query.shape[0]):
@@ -183,33 +190,12 @@ def update(
 
 
 @fast
-def accumulate(
-    out: Floats,  # [G, D]
-    weights: Floats,  # [G, W]
-    first: int,
-    wide: Floats,  # [T, D]
-    num_tokens: int,
-    begin: int,  # channels
-    end: int,
-) -> None:
-    """out[g, d] += sum over t of weights[g, first + t] * wide[t, d] for begin <= d < end.
-
-    Four tokens for each pass over out, and two heads for each load of v.
-    """
-    num_paired = out.shape[0] // 2 * 2
-    for t in range(0, num_tokens, 4):
-        v0, v1 = wide[t, begin:end], wide[t + 1, begin:end]
-        v2, v3 = wide[t + 2, begin:end], wide[t + 3, begin:end]
-        for g in range(0, num_paired, 2):
-            p, q = out[g, begin:end], out[g + 1, begin:end]
-            p_weight, q_weight = weights[g, first + t :], weights[g + 1, first + t :]
-            p0, p1, p2, p3 = p_weight[0], p_weight[1], p_weight[2], p_weight[3]
-            q0, q1, q2, q3 = q_weight[0], q_weight[1], q_weight[2], q_weight[3]
-            for d in range(p.size):
-                p[d] += (p0 * v0[d] + p1 * v1[d]) + (p2 * v2[d] + p3 * v3[d])
-                q[d] += (q0 * v0[d] + q1 * v1[d]) + (q2 * v2[d] + q3 * v3[d])
-        for g in range(num_paired, out.shape[0]):
-            row, weight = out[g, begin:end], weights[g, first + t :]
-            w0, w1, w2, w3 = weight[0], weight[1], weight[2], weight[3]
+def accumulate(out: Floats, weights: Floats, first: int, wide: Floats, num_tokens: int) -> None:
+    """out[g] += sum over t of weights[g, first + t] * wide[t]; a pass over out adds four."""
+    for g in range(out.shape[0]):
+        row, weight = out[g], weights[g, first:]
+        for t in range(0, num_tokens, 4):
+            v0, v1, v2, v3 = wide[t], wide[t + 1], wide[t + 2], wide[t + 3]
+            w0, w1, w2, w3 = weight[t], weight[t + 1], weight[t + 2], weight[t + 3]
             for d in range(row.size):
                 row[d] += (w0 * v0[d] + w1 * v1[d]) + (w2 * v2[d] + w3 * v3[d])
