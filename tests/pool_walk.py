@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -74,9 +74,8 @@ class PoolWalk:
 
     def run(self, num_steps: int) -> None:
         """Walk, or raise WalkFailure."""
-        actions = [self.start, self.append, self.exhaust, self.seal]
-        actions += [self.fork, self.truncate, self.free, self.unseal, self.compress]
-        plan = self.rng.choices(actions, weights=[16, 40, 3, 18, 8, 8, 8, 1, 16], k=num_steps)
+        weights = self.weights()
+        plan = self.rng.choices([*weights], weights=[*weights.values()], k=num_steps)
         step = -1
         try:
             for action in plan:
@@ -86,12 +85,22 @@ class PoolWalk:
                 elif self.chats:
                     action(self.rng.choice(self.chats))
                 self.check()
-            for chat in self.chats[:]:
-                self.free(chat)
+            self.end()
             self.check()
             assert self.num_unheld() == self.pool.num_usable, f"{self.num_unheld()} blocks home"
         except Exception as error:
             raise WalkFailure(self.seed, step, error) from error
+
+    def weights(self) -> dict[Callable[..., None], int]:
+        """How often each action is taken, of the sum of all."""
+        actions = [self.start, self.append, self.exhaust, self.seal]
+        actions += [self.fork, self.truncate, self.free, self.unseal, self.compress]
+        return dict(zip(actions, [16, 40, 3, 18, 8, 8, 8, 1, 16], strict=True))
+
+    def end(self) -> None:
+        """All chats go."""
+        for chat in self.chats[:]:
+            self.free(chat)
 
     def check(self) -> None:
         self.pool.check_integrity([chat.seq for chat in self.chats])

@@ -20,6 +20,7 @@ from fake_device import EOS_ID, START, FakeDevice, extend, make_request, next_to
 from kvchat.config import KVPolicy, SchedulerConfig
 from kvchat.engine.request import Batch, Event, Request
 from kvchat.errors import CapacityError
+from kvchat.kv.block_ops import ParkBlock, RestoreBlock
 from kvchat.kv.block_pool import Sequence
 
 SYSTEM_PROMPTS = [[900 + i] * n for i, n in enumerate((0, 7, 18))]  # shared by many sessions
@@ -180,7 +181,8 @@ class Simulation:
 
     def finish_step(self, batch: Batch) -> None:
         """Launch and read in turn, or fail."""
-        if self.rng.random() < self.scenario.failure_rate:
+        is_parking = any(isinstance(op, ParkBlock | RestoreBlock) for op in batch.block_ops)
+        if self.rng.random() < self.scenario.failure_rate * (10 if is_parking else 1):
             self.counts["failures"] += 1
             self.device.launch_in_part(batch)
             if batch.rows and self.rng.random() < 0.5:

@@ -1,0 +1,304 @@
+"""Parking as chats meet it: who is parked and when, the same words as without, nothing leaks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from fake_device import continuation
+from mutants import Mutant, kill, load
+from mutants.parking import SIMULATED, WALKED
+from parking_walk import WalkFailure, walk
+from simulation import Scenario, Simulation
+from test_runner import CONFIG, random_decoder
+from test_scheduler import NEVER_EOS, Bench, reply_of, text
+
+from kvchat.attention.backends import make_backend
+from kvchat.attention.rope import build_rope
+from kvchat.config import KVPolicy, KVSpec, SamplingParams, SchedulerConfig
+from kvchat.engine.request import Request, Shared
+from kvchat.engine.runner import Runner
+from kvchat.engine.sampler import Sampler
+from kvchat.engine.scheduler import Scheduler
+from kvchat.engine.stats import read_session_kv, read_stats
+from kvchat.kv import block_pool, parking
+from kvchat.kv.block_pool import BlockPool
+from kvchat.kv.cache import KVCache
+from kvchat.kv.layout import Codec
+
+# --- who is parked, who comes back ---
+
+
+def two_chats(num_host_slots: int = 20, **config) -> Bench:
+    """Session 1 has 15 tokens in four blocks and is idle; session 2 has been given seven of the
+    eight blocks that there are."""
+    bench = Bench(9, num_host_slots=num_host_slots, **config)
+    bench.submit(1, text(12), max_tokens=4)
+    bench.finish()
+    bench.submit(2, text(25, 2000), max_tokens=2)
+    bench.step()
+    return bench
+
+
+def test_an_idle_session_is_parked_and_nothing_is_computed_twice():
+    bench = two_chats()
+    assert list(bench.scheduler.parked) == [1]
+    assert bench.scheduler.parked[1].token_ids == [*text(12), *continuation(text(12), 4)][:15]
+    bench.finish()
+
+    history = bench.requests[1].token_ids
+    request = bench.submit(3, [*history, *text(3, 3000)], session_id=1, max_tokens=3)
+    bench.step()
+
+    assert request.num_cached_tokens == 15
+    assert list(bench.scheduler.parked) == [2]
+    bench.finish()
+    assert reply_of(request) == continuation([*history, *text(3, 3000)], 3)
+    assert (bench.scheduler.counters.num_drops, bench.scheduler.counters.num_preemptions) == (0, 0)
+    stats = read_stats(bench.scheduler)
+    assert (stats.num_parks, stats.num_resumes, stats.num_parked_blocks) == (2, 1, 4 + 7)
+    assert (stats.num_host_blocks, stats.num_host_blocks_used) == (20, 7)
+    assert 0 < stats.num_restored_blocks <= 4
+    shown = read_session_kv(bench.scheduler, 2, 1000, (1000,))
+    assert (shown.num_tokens, shown.num_parked_tokens, shown.num_parked_blocks) == (0, 26, 7)
+
+
+def test_where_the_slots_are_short_it_is_dropped_and_computed_again():
+    bench = two_chats(num_host_slots=3)
+
+    assert not bench.scheduler.parked
+    assert bench.scheduler.counters.num_drops == 1
+    assert bench.scheduler.arena.num_free == 3
+
+
+@pytest.mark.parametrize("kept", ["foreground", "pinned"])
+def test_who_is_on_screen_or_pinned_is_not_parked(kept):
+    bench = Bench(9, num_host_slots=20)
+    for request_id in (1, 2):
+        bench.submit(request_id, text(7, request_id * 1000), max_tokens=2)
+        bench.finish()
+    if kept == "pinned":
+        bench.scheduler.set_pinned(1, True)
+    else:
+        bench.scheduler.set_foreground(1)
+
+    bench.submit(3, text(17, 3000), max_tokens=2)
+    bench.step()
+
+    assert list(bench.scheduler.parked) == [2]
+    assert bench.held()[1] == 8
+
+
+def test_fork_undo_and_close_of_a_parked_session_need_no_block():
+    bench = two_chats()
+    num_held, words = bench.pool.num_held, bench.scheduler.parked[1].token_ids[:]
+
+    assert bench.scheduler.fork(1, 7, 10) == Shared(10, 0)
+    assert bench.scheduler.trim(1, 6) == 0
+    assert [bench.scheduler.parked[i].token_ids for i in (1, 7)] == [words[:6], words[:10]]
+    assert bench.scheduler.arena.num_free == 20 - 3
+    bench.scheduler.release(1)
+
+    assert list(bench.scheduler.parked) == [7]
+    assert (bench.scheduler.arena.num_free, bench.pool.num_held) == (17, num_held)
+    bench.finish()
+    request = bench.submit(9, [*words[:10], 5, 6], session_id=7, max_tokens=2)
+    bench.step()
+    assert request.num_cached_tokens == 10
+    bench.finish()
+    assert reply_of(request) == continuation([*words[:10], 5, 6], 2)
+    bench.scheduler.release_all()
+    assert (bench.scheduler.arena.num_free, bench.pool.num_held) == (20, 0)
+
+
+def test_a_parked_session_waits_for_who_runs_and_holds_no_block_meanwhile():
+    bench = two_chats()
+    request = bench.submit(3, [*bench.requests[1].token_ids, 5], session_id=1, max_tokens=2)
+
+    bench.step()
+
+    assert request.wait_reason == "waiting for memory (0 ahead)"
+    assert bench.scheduler.abort(3)
+    assert list(bench.scheduler.parked) == [1]
+    assert list(bench.held()) == [2]
+    bench.finish()
+
+
+def test_what_never_fits_as_it_was_parked_is_computed_again():
+    bench = Bench(6, num_host_slots=20)
+    bench.submit(1, text(16), max_tokens=3)  # 18 tokens in all five blocks
+    bench.finish()
+    bench.submit(2, text(9, 2000), max_tokens=1)
+    bench.finish()
+    assert list(bench.scheduler.parked) == [1]
+
+    request = bench.submit(3, bench.requests[1].token_ids, session_id=1, max_tokens=1)
+    bench.finish()
+
+    assert reply_of(request) == continuation(bench.requests[1].token_ids, 1)
+    assert bench.scheduler.counters.num_drops == 1
+
+
+# --- any chats, any time ---
+
+POLICIES = {
+    "native": KVPolicy(),
+    "auto4": KVPolicy("auto4", 8, 4, (1, 2, 4), num_reserved=2, slice_tokens=16),
+    "auto, wide spans": KVPolicy("auto", 10, 0, (1, 4), num_reserved=1, slice_tokens=32),
+    "int8": KVPolicy("int8", 8, 4, (1, 2), num_reserved=2),
+}
+
+
+def evening(
+    seed: int, kv: KVPolicy, is_late: bool, num_slots: int, num_sessions: int = 120
+) -> Scenario:
+    """Chats that come and go in a pool too small for them."""
+    return Scenario(
+        seed,
+        num_blocks=40,
+        max_model_len=200,  # more than the pool holds
+        mean_gap=20,
+        num_sessions=num_sessions,
+        max_wait=2000,
+        meddling=0.2,
+        is_late=is_late,
+        failure_rate=0.01,
+        kv=kv,
+        num_host_slots=num_slots,
+    )
+
+
+@pytest.mark.parametrize("num_slots", [12, 60], ids=["a small arena", "a large arena"])
+@pytest.mark.parametrize("is_late", [False, True], ids=["read at once", "read a step late"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_chats_say_the_same_whenever_they_are_parked(name, is_late, num_slots):
+    simulation = Simulation(
+        load(Mutant("none", "kvchat.engine.scheduler", ())),
+        evening(31, POLICIES[name], is_late, num_slots),
+        check_every=5,
+    )
+
+    simulation.run()
+
+    counts, counters = simulation.counts, simulation.scheduler.arena.counters
+    assert counters.num_resumes > 10 and counters.num_restored_blocks > 30, counters
+    events = ["forks", "undone", "closed", "aborted"] if num_slots == 60 else ["closed"]
+    assert min(counts[f"{event} while parked"] for event in events) > 0, counts
+    print(f"{simulation.longest_gap=} {counters}")
+
+
+MUTANT_EVENINGS = [("native", 32, False), ("native", 32, True), ("auto4", 32, True)]
+MUTANT_EVENINGS += [("auto4", seed, False) for seed in (32, 34, 38, 39)]
+
+
+def check(module: ModuleType) -> None:
+    for name, seed, is_late in MUTANT_EVENINGS:
+        scenario = evening(seed, POLICIES[name], is_late, 60, num_sessions=80)
+        Simulation(assemble(module), replace(scenario, failure_rate=0.03), check_every=2).run()
+
+
+def assemble(module: ModuleType) -> ModuleType:
+    """A scheduler module over this one of its parts."""
+    scheduler = load(Mutant("none", "kvchat.engine.scheduler", ()))
+    memory = load(Mutant("none", "kvchat.engine.memory", ()))
+    if module.__name__ == "kvchat.engine.residents":
+        memory.Residents = module.Residents
+        scheduler.Memory = memory.Memory
+    else:
+        scheduler.Memory = module.Memory
+    return scheduler
+
+
+@pytest.mark.parametrize("mutant", SIMULATED, ids=str)
+def test_the_simulation_of_parked_chats_kills(mutant):
+    print(f"{mutant.name}: {kill(mutant, check)!r}"[:200])
+
+
+def test_the_unchanged_engine_survives_in_the_same_harness():
+    for name in ("kvchat.engine.memory", "kvchat.engine.residents"):
+        check(load(Mutant("none", name, ())))
+
+
+# --- the pool and the arena alone ---
+
+
+def test_32_000_random_steps_with_an_arena_break_no_invariant():
+    counts = walk(block_pool, range(8), 4_000)
+
+    least = {"park": 500, "resume": 500, "resume compressed": 30, "resume what is cached": 80}
+    least |= {"resume a tail": 200, "go back to a boundary": 15, "no room": 80}
+    least |= {"trim inside a span": 30, "fork parked": 80, "not parked": 500}
+    print(dict(counts))
+    assert not {event: counts[event] for event, num in least.items() if counts[event] < num}
+
+
+@pytest.mark.parametrize("mutant", WALKED, ids=str)
+def test_the_walk_with_an_arena_kills(mutant):
+    def check(module: ModuleType) -> None:
+        is_arena = mutant.module == "kvchat.kv.parking"
+        pool_module, arena_module = (block_pool, module) if is_arena else (module, parking)
+        walk(pool_module, range(6), 1_500, arena_module)
+
+    assert isinstance(kill(mutant, check), WalkFailure)
+
+
+# --- a model ---
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=11, ignore_eos=True, stop_token_ids=NEVER_EOS)
+INT8 = KVPolicy("int8", 16, 0, (1, 4), num_reserved=1)  # of float32: four blocks become one
+
+
+class Chats:
+    """A random model under a scheduler; every chat gets turn after turn."""
+
+    def __init__(self, kv: KVPolicy, num_blocks: int, num_host_slots: int) -> None:
+        lowest = Codec(len(kv.span_blocks) - 1)
+        cache = KVCache(
+            KVSpec(2, 2, 8, 16, "float32"),
+            num_blocks,
+            lowest=lowest,
+            num_host_slots=num_host_slots,
+        )
+        cache.blocks[1:] = torch.nan
+        backend = make_backend("reference", CONFIG, cache, build_rope(CONFIG, 256))
+        self.runner = Runner(random_decoder(), cache, backend, Sampler())
+        config = SchedulerConfig(num_blocks, 16, 256, kv=kv, num_host_slots=num_host_slots)
+        self.pool = BlockPool(
+            num_blocks, 16, span_blocks=kv.span_blocks, num_reserved=kv.num_reserved
+        )
+        self.scheduler = Scheduler(config, self.pool)
+        self.texts: dict[int, list[int]] = {}
+
+    def say(self, request_id: int, session_id: int, token_ids: list[int]) -> None:
+        prompt = self.texts.get(session_id, []) + token_ids
+        request = Request(request_id, session_id, prompt, len(prompt), GREEDY)
+        self.scheduler.submit(request)
+        while (batch := self.scheduler.schedule()) is not None:
+            self.scheduler.update(batch, self.runner.launch(batch).tokens())
+        self.texts[session_id] = request.token_ids
+
+
+@pytest.mark.parametrize(
+    ("kv", "num_blocks"), [(KVPolicy(), 15), (INT8, 13)], ids=["native", "int8"]
+)
+def test_greedy_ids_with_parking_are_those_without(kv, num_blocks):
+    parked, roomy = Chats(kv, num_blocks, 60), Chats(kv, 80, 0)
+
+    for turn in range(6):
+        for session_id in range(1, 5):
+            words = [(session_id * 31 + turn * 7 + i * i) % 97 for i in range(24)]
+            for chats in (parked, roomy):
+                chats.say(turn * 10 + session_id, session_id, words)
+
+    assert parked.texts == roomy.texts
+    assert [len(token_ids) for token_ids in parked.texts.values()] == [6 * (24 + 11)] * 4
+    counters, arena = parked.scheduler.counters, parked.scheduler.arena
+    assert counters.num_drops == counters.num_preemptions == 0
+    assert arena.counters.num_resumes > 6 and arena.counters.num_restored_blocks > 12
+    assert not roomy.scheduler.arena.counters.num_parks
+    assert bool(parked.pool.counters.num_compressions) == (kv is INT8)
+    parked.scheduler.release_all()
+    arena.check_integrity([])
+    parked.pool.check_integrity([])
