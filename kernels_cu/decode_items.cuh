@@ -13,9 +13,9 @@ struct Pool {
     __device__ __forceinline__ int part_bytes() const { return block_size * HEAD_DIM * 2; }
 };
 
-struct Slot {
+struct __align__(16) Slot {
     int record[RECORD_INTS];
-    int tile, kv_head, first_head, num_heads;  // heads of q: first_head .. + num_heads - 1
+    int kv_head, first_head, num_heads;  // heads of q: first_head .. + num_heads - 1
 };
 
 // q of an item as it is in global memory.
@@ -37,7 +37,6 @@ __device__ __forceinline__ void copy_record(Slot& slot, const int* plan, int rec
 
 __device__ __forceinline__ void choose_heads(Slot& slot, int tile, int group) {
     int group_tiles = (group + 7) / 8;
-    slot.tile = tile;
     slot.kv_head = tile / group_tiles;
     int in_group = tile % group_tiles * 8;
     slot.first_head = slot.kv_head * group + in_group;
@@ -114,40 +113,56 @@ __device__ __forceinline__ Place place_of(const Unit& unit, int kv_head, const P
     return place;
 }
 
-__device__ __forceinline__ void load_unit_keys(u32 (&keys)[KEY_WORDS], u32 (&side)[SIDE_WORDS],
-                                               const Unit& unit, const Slot& slot,
-                                               const Pool& pool, int lane) {
-    if (unit.position < 0) return;
-    Place place = place_of(unit, slot.kv_head, pool);
-    if (unit.codec() == NATIVE) {
-        load_keys<NATIVE>(keys, place.keys, lane);
+// What a warp keeps in shared memory of the unit at hand and of the next: keys of the one make room
+// for keys of the other when they are scored, and so do values when they are added.
+struct Stage {
+    uint4 keys[UNIT_BYTES / 16], values[UNIT_BYTES / 16];
+#if MAX_CODEC == 2
+    Int4Staged int4;
+#endif
+};
+
+// One group of copies, of a warp that has done with what was there before.
+__device__ __forceinline__ void copy_unit(uint4 (&to)[UNIT_BYTES / 16], const u8* from, int lane) {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < UNIT_BYTES / 512; ++i) {
+        cp_async16(&to[32 * i + lane], from + 512 * i + 16 * lane);
     }
+    cp_async_commit();
+}
+
+// Until all groups but the last of this warp's are there, for all its lanes. Keys and values take
+// turns, a group each even where there is no unit, so that this is always what is needed next.
+__device__ __forceinline__ void wait_for_unit() {
+    cp_async_wait<1>();
+    __syncwarp();
+}
+
+// turn: of the stage's two buffers for INT4 side pieces.
+__device__ __forceinline__ void copy_unit_keys(Stage& stage, int turn, u32 (&side)[SIDE_WORDS],
+                                               const Unit& unit, const Slot& slot, const Pool& pool,
+                                               int lane) {
+    if (unit.position < 0) return cp_async_commit();
+    Place place = place_of(unit, slot.kv_head, pool);
 #if MAX_CODEC >= 1
-    else if (unit.codec() == INT8) {
-        load_keys<INT8>(keys, place.keys, lane);
+    if (unit.codec() == INT8) {
         load_int8_side(side, place.side, place.offset, 2 * pool.block_size, lane);
     }
 #endif
 #if MAX_CODEC == 2
-    else {
-        load_keys<INT4>(keys, place.keys, lane);
-        load_int4_side(side, place.side, place.offset, 4 * pool.block_size, lane);
+    if (unit.codec() == INT4) {
+        copy_int4_side(stage.int4.raw[turn], place.side, place.offset, 4 * pool.block_size, lane);
     }
 #endif
+    copy_unit(stage.keys, place.keys, lane);
 }
 
-__device__ __forceinline__ void load_unit_values(u32 (&values)[VALUE_WORDS], const Unit& unit,
-                                                 const Slot& slot, const Pool& pool, int lane) {
-    if (unit.position < 0) return;
-    const u8* part = place_of(unit, slot.kv_head, pool).keys + pool.num_kv_heads * pool.part_bytes();
-    int first = slot.record[RECORD_OLDEST] - unit.position, last = slot.record[RECORD_END] - unit.position;
-    if (unit.codec() == NATIVE) load_values<NATIVE>(values, part, lane, first, last);
-#if MAX_CODEC >= 1
-    else if (unit.codec() == INT8) load_values<INT8>(values, part, lane, first, last);
-#endif
-#if MAX_CODEC == 2
-    else load_values<INT4>(values, part, lane, first, last);
-#endif
+__device__ __forceinline__ void copy_unit_values(Stage& stage, const Unit& unit, const Slot& slot,
+                                                 const Pool& pool, int lane) {
+    if (unit.position < 0) return cp_async_commit();
+    const u8* from = place_of(unit, slot.kv_head, pool).keys + pool.num_kv_heads * pool.part_bytes();
+    copy_unit(stage.values, from, lane);
 }
 
 // ---- q ------------------------------------------------------------------------------------------
@@ -186,16 +201,17 @@ __device__ __forceinline__ void store_scaled(Query& query, const uint4* raw, int
 
 // q of an item's heads in the form of every codec its split has; heads there are not are zero.
 __device__ __forceinline__ void store_query(Query& query, const RawQuery& raw, int num_heads,
-                                            int codecs, float scale, int warp, int lane) {
-    for (int part = threadIdx.x; part < 2 * HEAD_DIM; part += THREADS) {
+                                            int codecs, float scale, int thread) {
+    for (int part = thread; part < 2 * HEAD_DIM; part += THREADS) {
         int head = part / (HEAD_DIM / 4), channel = part % (HEAD_DIM / 4) * 4;
         uint2 pairs = make_uint2(0, 0);
         if (head < num_heads) pairs = reinterpret_cast<const uint2*>(raw.q)[part];
         query_part<NATIVE>(query, head, channel) = pairs;
     }
-    if (threadIdx.x < 8) query.scale[NATIVE][threadIdx.x] = scale;
+    if (thread < 8) query.scale[NATIVE][thread] = scale;
 #if MAX_CODEC >= 1
-    for (int head = warp; codecs && head < 8; head += WARPS) {
+    int lane = thread % 32;
+    for (int head = thread / 32; codecs && head < 8; head += WARPS) {
         bool is_real = head < num_heads;
         if (codecs >> INT8 & 1) {
             store_scaled<INT8, half_t>(query, raw.rotated, head, is_real, scale, lane);

@@ -73,19 +73,20 @@ __device__ __forceinline__ float scaled(float p, float scale) { return p == 0.0f
 
 // A softmax step over a unit's log2 scores x, and its values.
 __device__ __forceinline__ void attend_native(Softmax& softmax, float (&x)[MAX_TILES][4],
-                                              const u32 (&values)[VALUE_WORDS], const Unit& unit,
+                                              const u8* values, const Unit& unit,
                                               const int* record, int lane) {
     mask_scores<1>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {fmaxf(x[0][0], x[0][2]), fmaxf(x[0][1], x[0][3])};
     raise_tops(softmax, tops);
     weigh(softmax, x[0]);
-    add_native(softmax.sums, values, x[0]);
+    add_native(softmax.sums, values, x[0], record[RECORD_OLDEST] - unit.position,
+               record[RECORD_END] - unit.position, lane);
 }
 
 #if MAX_CODEC >= 1
 // scales: words 2 and 3 of load_int8_side.
 __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TILES][4],
-                                            const u32 (&values)[VALUE_WORDS],
+                                            const u8* values,
                                             const u32 (&scales)[2], const Unit& unit,
                                             const int* record, int lane) {
     mask_scores<2>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
@@ -103,7 +104,7 @@ __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TIL
         float2 pair = unpack2<half_t>(scales[tile]);
         float weights[4] = {scaled(x[tile][0], pair.x), scaled(x[tile][1], pair.x),
                             scaled(x[tile][2], pair.y), scaled(x[tile][3], pair.y)};
-        add_int8(softmax.sums, values, weights, tile);
+        add_int8(softmax.sums, values, weights, tile, lane);
     }
 }
 #endif
@@ -111,26 +112,28 @@ __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TIL
 #if MAX_CODEC == 2
 // The value scales of positions 2 g and 2 g + 1 of a tile, by value group.
 __device__ __forceinline__ void read_v_scales(float (&scales)[2 * NUM_V_GROUPS],
-                                              const Int4Staged& staged, int tile, int lane) {
+                                              const uint4 (&v_scales)[8 * NUM_V_GROUPS],
+                                              int tile, int lane) {
     int first = (GRANULE * tile + lane / 4 * 2) * NUM_V_GROUPS / 2;
 #pragma unroll
     for (int i = 0; i < NUM_V_GROUPS; ++i) {
-        float2 pair = unpack2<half_t>(staged.v_scales[first + i]);
+        float2 pair = unpack2<half_t>(reinterpret_cast<const u32*>(v_scales)[first + i]);
         scales[2 * i] = pair.x;
         scales[2 * i + 1] = pair.y;
     }
 }
 
 __device__ __forceinline__ void attend_int4(Softmax& softmax, float (&x)[MAX_TILES][4],
-                                            const u32 (&values)[VALUE_WORDS],
-                                            const Int4Staged& staged, const Unit& unit,
+                                            const u8* values,
+                                            const uint4 (&v_scales)[8 * NUM_V_GROUPS],
+                                            const Unit& unit,
                                             const int* record, int lane) {
     mask_scores<4>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {LEAST, LEAST};
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
         float scales[2 * NUM_V_GROUPS];
-        read_v_scales(scales, staged, tile, lane);
+        read_v_scales(scales, v_scales, tile, lane);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             float most = scales[row * NUM_V_GROUPS];
@@ -147,9 +150,9 @@ __device__ __forceinline__ void attend_int4(Softmax& softmax, float (&x)[MAX_TIL
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
         float scales[2 * NUM_V_GROUPS];
-        read_v_scales(scales, staged, tile, lane);
+        read_v_scales(scales, v_scales, tile, lane);
         weigh(softmax, x[tile]);
-        add_int4(softmax.sums, values, x[tile], scales, tile);
+        add_int4(softmax.sums, values, x[tile], scales, tile, lane);
     }
 }
 #endif

@@ -111,6 +111,16 @@ __device__ __forceinline__ int opaque(int x) {
     return x;
 }
 
+// Release and acquire for the whole device: what is written before is seen by whoever fences after
+// seeing something written after. Cheaper than __threadfence, which also orders fences in one order.
+__device__ __forceinline__ void fence_device() {
+#ifdef KVCHAT_EMULATOR
+    __threadfence();
+#else
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
 // ---- numbers ------------------------------------------------------------------------------------
 // Names end in the type where an argument cannot tell it; a pair is two scalars in a u32, the first
 // in its low half.

@@ -6,7 +6,7 @@ A case's pool is poisoned: what no position of its rows stands in is NaN bytes, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from emulator import emulated
@@ -16,14 +16,14 @@ from kvchat.attention.paged_decode import (
     RECORD_HEADER,
     RECORD_INTS,
     TILE_HEADS,
-    DecodeTuning,
     decode_defines,
+    default_tuning,
     max_splits,
 )
 from kvchat.config import KVSpec
 from kvchat.kv import codecs
 from kvchat.kv.cache import KVCache
-from kvchat.kv.layout import Codec, pack_entry, unpack_entry
+from kvchat.kv.layout import BlockLayout, Codec, pack_entry, unpack_entry
 
 NUM_LAYERS, LAYER = 2, 1
 MIXED = "mixed"
@@ -107,7 +107,9 @@ def run_emulated(
 ) -> Tensor:
     """Plan and launch on the emulator; scratch and output begin as NaN, counters must end as 0."""
     case, cache = inputs.case, inputs.cache
-    tuning = DecodeTuning(target_splits=target_splits)
+    # One kernel for all codecs, as a pool of a lower codec uses it: fewer to compile.
+    layout = BlockLayout(cache.spec, Codec.INT4)
+    tuning = replace(default_tuning(layout), target_splits=target_splits)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
     num_records = rows * max_splits(max(case.lens), tuning) + grid // tiles + 1
@@ -121,8 +123,7 @@ def run_emulated(
     sums = torch.full((*slots, case.head_dim), torch.nan)
     stats = torch.full((*slots, 2), torch.nan)
     counters = torch.zeros(rows, tiles, dtype=torch.int32)
-    # One kernel for all codecs, as a pool of a lower codec uses it: fewer to compile.
-    constants = {**decode_defines(cache.layout, tuning), "MAX_CODEC": int(Codec.INT4), **defines}
+    constants = {**decode_defines(layout, tuning), **defines}
     emulated("paged_decode", **constants)(
         (grid,), (32 * tuning.warps,),
         [
@@ -131,6 +132,7 @@ def run_emulated(
             inputs.scale, LAYER, NUM_LAYERS, case.num_kv_heads, case.group, case.block_size,
             cache.layout.side_bytes,
         ],
+        constants["SHARED_BYTES"],
     )  # fmt: skip
     assert not counters.any()
     return out

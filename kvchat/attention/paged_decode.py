@@ -11,11 +11,11 @@ Nothing is allocated after the constructor and make_plan, so that both calls may
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvchat.attention.kernels import Kernel, load_kernel
-from kvchat.kv.layout import BlockLayout, Codec
+from kvchat.kv.layout import BlockLayout, Codec, v_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,37 @@ class DecodeTuning:
 
     warps: int = 4
     blocks: int = 3  # of a multiprocessor
-    target_splits: int = 32  # of a row
-    min_split: int = 128  # positions of a split, a power of two from the longest span (128) up
+    target_splits: int = 16  # of a row
+    min_split: int = 256  # positions of a split, a power of two from the longest span (128) up
+
+
+def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTuning:
+    """For a model: enough splits that one long row keeps the device busy, and as many warps as fit.
+
+    max_shared: bytes of shared memory that a block may have (227 KiB on sm_90).
+    """
+    target_splits = min(max(128 // layout.spec.num_kv_heads, 8), 64)
+    tuning = DecodeTuning(
+        target_splits=target_splits, min_split=256 if target_splits <= 16 else 128
+    )
+    for warps in (4, 2):
+        if shared_bytes(layout, warps) * tuning.blocks <= max_shared:
+            return replace(tuning, warps=warps)
+    return replace(tuning, warps=1, blocks=1)
+
+
+def shared_bytes(layout: BlockLayout, warps: int) -> int:
+    """Bytes of struct Shared of paged_decode.cu; the kernel asserts that they are enough."""
+    dim, lowest = layout.spec.head_dim, layout.lowest
+    num_forms = 3 if lowest else 1
+    stage = 64 * dim
+    if lowest == Codec.INT4:
+        side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
+        stage += 2 * side + 2 * dim
+    queries = 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
+    sums = 32 * (dim + 4) + 64
+    slots = 4 * -(-4 * (RECORD_INTS + 3) // 16) * 16
+    return slots + queries + warps * (sums + stage) + 16
 
 
 class PagedDecode:
@@ -54,7 +83,8 @@ class PagedDecode:
     ) -> None:
         import torch
 
-        self.tuning = tuning or DecodeTuning()
+        properties = torch.cuda.get_device_properties(device)
+        self.tuning = tuning or default_tuning(layout, properties.shared_memory_per_block_optin)
         self.layout, self.num_heads, self.device = layout, num_heads, device
         self._group = num_heads // layout.spec.num_kv_heads
         self.num_tiles = layout.spec.num_kv_heads * -(-self._group // TILE_HEADS)
@@ -104,6 +134,7 @@ class PagedDecode:
             (self._grid,),
             (32 * self.tuning.warps,),
             self.arguments(out, q, q_rotated, cache, plan, layer_idx, scale),
+            shared_bytes(self.layout, self.tuning.warps),
         )
 
     def arguments(
@@ -131,7 +162,9 @@ class PagedDecode:
 
         defines = decode_defines(self.layout, self.tuning)
         plan_kernel = load_kernel("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0})
-        kernel = load_kernel("paged_decode.cu", "paged_decode_kernel", defines)
+        kernel = load_kernel(
+            "paged_decode.cu", "paged_decode_kernel", defines, defines["SHARED_BYTES"]
+        )
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return plan_kernel, kernel, processors * self.tuning.blocks
 
@@ -145,6 +178,7 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
         "MAX_CODEC": int(layout.lowest),
         "WARPS": tuning.warps,
         "MIN_BLOCKS": tuning.blocks,
+        "SHARED_BYTES": shared_bytes(layout, tuning.warps),
     }
 
 
