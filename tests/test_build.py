@@ -156,3 +156,21 @@ def test_a_head_dim_that_cannot_be_compressed_is_refused_when_asked_for_and_nati
     assert mode.policy.mode == "native" and mode.lowest == Codec.NATIVE
     assert mode.warnings[0].startswith("the KV cache stays native: this model's head_dim is 12")
     assert not choose_kv_mode("native", 128, 64, spec, Codec.INT8).warnings
+
+
+def test_parking_in_main_memory_is_refused_where_the_pool_is_there_already(folder):
+    with pytest.raises(UsageError, match="on a CPU the KV pool is there already: raise --kv-mem"):
+        build(folder, replace(OPTIONS, host_mem="1GiB"))
+
+
+def test_where_the_device_has_memory_of_its_own_slots_are_reserved_for_idle_chats(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("kvchat.engine.build.choose_device", lambda device, host_mem: "cpu")
+
+    engine, facts, _ = build(folder, replace(OPTIONS, host_mem="100KiB"))
+
+    assert facts.scheduler.num_host_slots == 100 * 1024 // facts.layout.bytes_per_block
+    assert facts.host_bytes == facts.scheduler.num_host_slots * facts.layout.bytes_per_block
+    assert engine.stats().num_host_blocks == facts.scheduler.num_host_slots
+    assert engine._runner.count_bytes().host == facts.host_bytes

@@ -74,6 +74,18 @@ def test_side_arrays_are_part_of_what_a_pool_takes(lowest, side):
     assert planner.plan_num_blocks(layout, "1MiB", GIB) == 2**20 // (BLOCK + num_pieces * side)
 
 
+def test_slots_for_parked_blocks_are_what_fits_into_the_size_asked_for():
+    layout = BlockLayout(SPEC, Codec.INT8)
+
+    assert planner.plan_host_slots(layout, None, GIB) == 0
+    assert planner.plan_host_slots(layout, "1MiB", GIB) == 2**20 // layout.bytes_per_block
+    assert planner.plan_host_slots(layout, "50%", GIB) == GIB // 2 // layout.bytes_per_block
+    with pytest.raises(CapacityError, match=r"wants 2\.0 GiB but 1\.0 GiB are available"):
+        planner.plan_host_slots(layout, "2GiB", GIB)
+    with pytest.raises(CapacityError, match=r"1KiB holds no block of 9\.0 KiB; raise it"):
+        planner.plan_host_slots(layout, "1KiB", GIB)
+
+
 def test_available_memory_is_a_plausible_number():
     assert 2**26 < planner.available_memory() < 2**50
 

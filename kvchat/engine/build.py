@@ -14,7 +14,12 @@ from kvchat.engine.scheduler import Scheduler
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool
 from kvchat.kv.layout import BlockLayout, Codec
-from kvchat.kv.planner import available_memory, format_size, plan_num_blocks
+from kvchat.kv.planner import (
+    available_memory,
+    format_size,
+    plan_host_slots,
+    plan_num_blocks,
+)
 from kvchat.model.source import ModelSource, Progress
 
 
@@ -30,6 +35,7 @@ class EngineOptions:
     kv_cache: str | None = None  # a mode of engine/kv_mode, or its default
     kv_window: int = 128
     kv_sink: int = 64
+    host_mem: str | None = None  # for parked chats, where the device has memory of its own
     force: bool = False  # use codecs that have not passed the probe
     block_size: int = 16
     max_num_batched_tokens: int = 512
@@ -59,16 +65,27 @@ class EngineFacts:
         return self.scheduler.num_blocks * self.layout.bytes_per_block
 
     @property
+    def host_bytes(self) -> int:
+        """Main memory reserved for parked blocks."""
+        return self.scheduler.num_host_slots * self.layout.bytes_per_block
+
+    @property
     def pool_tokens(self) -> int:
         """Tokens the pool can hold at once."""
         return (self.scheduler.num_blocks - 1) * self.scheduler.block_size
 
 
-def choose_device(device: str) -> str:
-    """The device to run on. CUDA has no backend yet: asked for by name it is refused."""
+def choose_device(device: str, host_mem: str | None = None) -> str:
+    """The device to run on. CUDA has no backend yet: asked for by name it is refused. So is
+    host_mem on a CPU."""
     if device not in ("auto", "cpu"):
         raise UsageError(
             f"--device {device}: this build has no CUDA backend yet; use --device cpu (or auto)"
+        )
+    if host_mem is not None:
+        raise UsageError(
+            "--host-mem parks idle chats of a GPU in main memory; on a CPU the KV pool is there"
+            " already: raise --kv-mem instead"
         )
     return "cpu"
 
@@ -99,6 +116,7 @@ def _scheduler_config(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv=kv,
+        num_host_slots=plan_host_slots(layout, options.host_mem, available_memory()),
     )
     if options.context and made.max_request_tokens < options.context:
         num_needed = kv.peak_blocks(options.context, options.block_size) + kv.num_reserved + 1
@@ -133,7 +151,7 @@ def build_engine(
     from kvchat.kv.codecs import CODEC_FINGERPRINT
     from kvchat.model.weights import choose_dtype, load_decoder
 
-    device = choose_device(options.device)
+    device = choose_device(options.device, options.host_mem)
     if options.context and options.context > config.max_position:
         raise UsageError(
             f"--ctx-size {options.context} is more than the {config.max_position} tokens that"
@@ -155,7 +173,13 @@ def build_engine(
     )
     layout, kv = BlockLayout(spec, kv_mode.lowest), kv_mode.policy
     scheduler_config = _scheduler_config(layout, kv, config, options)
-    cache = KVCache(spec, scheduler_config.num_blocks, device, layout.lowest)
+    cache = KVCache(
+        spec,
+        scheduler_config.num_blocks,
+        device,
+        layout.lowest,
+        scheduler_config.num_host_slots,
+    )
     rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)
     runner = Runner(decoder, cache, backend, Sampler(dry_breakers))

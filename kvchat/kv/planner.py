@@ -94,3 +94,25 @@ def plan_num_blocks(layout: BlockLayout, kv_mem: str | None, available: int) -> 
             f"{format_size(layout.bytes_per_block)}; raise --kv-mem to at least {least}"
         )
     return num_blocks
+
+
+def plan_host_slots(layout: BlockLayout, host_mem: str | None, available: int) -> int:
+    """Blocks that may be parked in `host_mem`, a size or share of main memory; None means none.
+
+    Raises CapacityError when that is more than there is, or too little for one block.
+    """
+    if host_mem is None:
+        return 0
+    wanted = parse_size(host_mem, available)
+    if wanted > available:
+        raise CapacityError(
+            f"--host-mem wants {format_size(wanted)} but {format_size(available)} are available;"
+            " lower it"
+        )
+    num_slots = wanted // layout.bytes_per_block
+    if not num_slots:
+        raise CapacityError(
+            f"--host-mem {host_mem} holds no block of {format_size(layout.bytes_per_block)};"
+            " raise it"
+        )
+    return num_slots
