@@ -80,6 +80,7 @@ def cli() -> None:
 )
 @click.option("--kv-window", type=click.IntRange(0), default=128, help="Last tokens kept native.")
 @click.option("--kv-sink", type=click.IntRange(0), default=64, help="First tokens kept native.")
+@click.option("--host-mem", help="Main memory for idle chats of a GPU: 8GiB or 50%.")
 @click.option("--force", is_flag=True, help="Use codecs that have not passed kvchat probe.")
 @click.option("-b", "--batch", type=click.IntRange(1), default=512, help="Tokens a step.")
 @click.option("-np", "--parallel", type=click.IntRange(1), default=256, help="Chats a step.")
@@ -273,6 +274,7 @@ def _run_options(flags: dict[str, Any]) -> RunOptions:
         kv_cache=flags["kv_cache"],
         kv_window=flags["kv_window"],
         kv_sink=flags["kv_sink"],
+        host_mem=flags["host_mem"],
         force=flags["force"],
         block_size=int(flags["block_size"]),
         max_num_batched_tokens=flags["batch"],
