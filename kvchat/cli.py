@@ -174,6 +174,24 @@ def scheduling(show: Show) -> None:
     show.answer(format_scheduling(run_scheduling_bench()) + "\n", is_last=True)
 
 
+@bench.command("attention")
+@click.pass_obj
+def bench_attention(show: Show) -> None:
+    """Microseconds of decode attention on this CPU, by codec."""
+    from kvchat.bench.attention import format_attention, run_attention_bench
+
+    show.answer(format_attention(run_attention_bench(show.progress)) + "\n", is_last=True)
+
+
+@bench.command("kernels")
+@click.pass_obj
+def bench_kernels(show: Show) -> None:
+    """Microseconds and TB/s of the CUDA kernels of decoding, beside torch's and FlashInfer's."""
+    from kvchat.bench.kernels import format_kernels, run_kernel_bench
+
+    show.answer(format_kernels(run_kernel_bench(show.progress)) + "\n", is_last=True)
+
+
 @bench.command("codecs")
 @click.pass_obj
 def bench_codecs(show: Show) -> None:
