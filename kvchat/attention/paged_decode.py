@@ -83,8 +83,7 @@ class PagedDecode:
     ) -> None:
         import torch
 
-        properties = torch.cuda.get_device_properties(device)
-        self.tuning = tuning or default_tuning(layout, properties.shared_memory_per_block_optin)
+        self.tuning = tuning or default_tuning(layout, _max_shared(device))
         self.layout, self.num_heads, self.device = layout, num_heads, device
         self._group = num_heads // layout.spec.num_kv_heads
         self.num_tiles = layout.spec.num_kv_heads * -(-self._group // TILE_HEADS)
@@ -167,6 +166,16 @@ class PagedDecode:
         )
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return plan_kernel, kernel, processors * self.tuning.blocks
+
+
+def _max_shared(device: str) -> int:
+    """Bytes of shared memory that a block of this device may have."""
+    import torch
+    from cupy.cuda import runtime
+
+    max_shared_per_block_optin = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+    device_idx = torch.device(device).index or 0
+    return int(runtime.deviceGetAttribute(max_shared_per_block_optin, device_idx))
 
 
 def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
