@@ -104,6 +104,14 @@ def _allowed_codec(fingerprint: bytes, is_forced: bool) -> tuple[Codec, str]:
     return Codec.INT4, ""
 
 
+def _check_context(source: ModelSource, config: ModelConfig, options: EngineOptions) -> None:
+    if options.context and options.context > config.max_position:
+        raise UsageError(
+            f"--ctx-size {options.context} is more than the {config.max_position} tokens that"
+            f" {source.name} was made for; ask for at most these"
+        )
+
+
 def _scheduler_config(
     layout: BlockLayout, kv: KVPolicy, config: ModelConfig, options: EngineOptions
 ) -> SchedulerConfig:
@@ -152,11 +160,7 @@ def build_engine(
     from kvchat.model.weights import choose_dtype, load_decoder
 
     device = choose_device(options.device, options.host_mem)
-    if options.context and options.context > config.max_position:
-        raise UsageError(
-            f"--ctx-size {options.context} is more than the {config.max_position} tokens that"
-            f" {source.name} was made for; ask for at most these"
-        )
+    _check_context(source, config, options)
     if options.threads:
         torch.set_num_threads(options.threads)
     available = available_memory()
@@ -167,25 +171,23 @@ def build_engine(
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
-    allowed, reason = _allowed_codec(source.fingerprint, options.force)
     kv_mode = choose_kv_mode(
-        options.kv_cache, options.kv_window, options.kv_sink, spec, allowed, reason
+        options.kv_cache,
+        options.kv_window,
+        options.kv_sink,
+        spec,
+        *_allowed_codec(source.fingerprint, options.force),
     )
     layout, kv = BlockLayout(spec, kv_mode.lowest), kv_mode.policy
     scheduler_config = _scheduler_config(layout, kv, config, options)
-    cache = KVCache(
-        spec,
-        scheduler_config.num_blocks,
-        device,
-        layout.lowest,
-        scheduler_config.num_host_slots,
-    )
+    num_blocks = scheduler_config.num_blocks
+    cache = KVCache(spec, num_blocks, device, layout.lowest, scheduler_config.num_host_slots)
     rope = build_rope(config, scheduler_config.max_request_tokens, device)
     backend = make_backend(options.backend, config, cache, rope)
     runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
     runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
     pool = BlockPool(
-        scheduler_config.num_blocks,
+        num_blocks,
         options.block_size,
         source.fingerprint + CODEC_FINGERPRINT,
         span_blocks=kv.span_blocks,
