@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.engine import Engine
@@ -21,6 +22,9 @@ from kvchat.kv.planner import (
     plan_num_blocks,
 )
 from kvchat.model.source import ModelSource, Progress
+
+if TYPE_CHECKING:
+    from kvchat.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,20 @@ def _check_context(source: ModelSource, config: ModelConfig, options: EngineOpti
         )
 
 
+def _load(
+    source: ModelSource, config: ModelConfig, dtype: str, device: str, progress: Progress
+) -> tuple[Decoder, str]:
+    """The weights in memory, and the dtype they are in."""
+    from kvchat.model.weights import choose_dtype, load_decoder
+
+    dtype = choose_dtype(dtype, source, config, device, available_memory())
+
+    def tell(done: int, total: int) -> None:
+        progress("loading", done, total)
+
+    return load_decoder(source, config, dtype, device, tell), dtype
+
+
 def _scheduler_config(
     layout: BlockLayout, kv: KVPolicy, config: ModelConfig, options: EngineOptions
 ) -> SchedulerConfig:
@@ -157,17 +175,12 @@ def build_engine(
     from kvchat.engine.sampler import Sampler
     from kvchat.kv.cache import KVCache
     from kvchat.kv.codecs import CODEC_FINGERPRINT
-    from kvchat.model.weights import choose_dtype, load_decoder
 
     device = choose_device(options.device, options.host_mem)
     _check_context(source, config, options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    available = available_memory()
-    dtype = choose_dtype(options.dtype, source, config, device, available)
-    decoder = load_decoder(
-        source, config, dtype, device, lambda done, total: progress("loading", done, total)
-    )
+    decoder, dtype = _load(source, config, options.dtype, device, progress)
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
