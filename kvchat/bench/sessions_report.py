@@ -73,8 +73,8 @@ def table_rows(num_sessions: int, has_solo: bool) -> list[Row]:
         ("waste of slots held", lambda m: f"{m.tally.waste:.1%}"),
         ("served without preemption", lambda m: f"{m.num_calm} of {num_sessions}"),
         (
-            "preemptions, setbacks (redone)",
-            lambda m: f"{m.num_preemptions}, {m.tally.num_setbacks} ({m.tally.num_redone:,})",
+            "preemptions, drops (tokens redone)",
+            lambda m: f"{m.tally.num_setbacks} ({m.tally.num_redone:,})",
         ),
         ("compressed blocks (freed)", lambda m: f"{m.tally.num_spans} ({m.tally.num_freed})"),
         (

@@ -30,7 +30,7 @@ class Range(NamedTuple):
         return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}"
 
 
-_PROMPT, _REPLY = Range(64, 192), Range(16, 32)
+_PROMPT, _REPLY = Range(64, 192), Range(12, 24)
 
 
 @dataclass(frozen=True)
