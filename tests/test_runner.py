@@ -145,6 +145,20 @@ def test_block_operations_run_before_the_step_writes():
     assert after.view(torch.uint8).equal(tail.view(torch.uint8))
 
 
+def test_a_step_without_rows_does_its_block_operations_and_keeps_pending_inputs():
+    stack = Stack()
+    request = stack.request(1)
+    first = stack.launch(Row(request, 0, len(PROMPT), True))
+    stack.cache.blocks[39] = 0.0
+
+    assert stack.launch(ops=[CopyBlock(request.seq.table[0], 39)]) == []
+
+    assert torch.equal(stack.cache.blocks[39], stack.cache.blocks[request.seq.table[0]])
+    pending = stack.launch(Row(request, len(PROMPT), 1, True))
+    request.token_ids += first
+    assert pending == stack.launch(Row(request, len(PROMPT), 1, True))
+
+
 def test_every_weight_is_read_once_a_step_whatever_the_batch():
     stack = Stack()
     requests = [stack.request(i, num_slots=40) for i in range(8)]

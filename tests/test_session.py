@@ -435,6 +435,22 @@ def contents(session):
     return [message.content for message in session.messages]
 
 
+def test_an_undo_that_cuts_compressed_tokens_says_what_is_computed_again():
+    session, engine, _library = two_turns()
+    session.take_output()
+    engine.num_lost_tokens = 1234
+
+    session.undo()
+
+    said = [chunk.text for chunk in session.take_output() if chunk.kind == "remark"]
+    assert said == [
+        "1,234 kept tokens were compressed with later ones: computed again with the next turn"
+    ]
+    engine.num_lost_tokens = 0
+    session.undo()
+    assert session.take_output() == []
+
+
 def test_undo_and_redo_walk_the_path():
     session, engine, _library = two_turns()
     num_tokens = engine.requests[0].num_prompt_tokens + len("one") + 1

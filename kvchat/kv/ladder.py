@@ -96,6 +96,7 @@ class Ladder:
         self.rungs = [_Rung(policy, pool, Codec(src), Codec(to)) for src, to in policy.rungs]
         self._order: _Order | None = None
         self._num_tokens_left = 0  # of this step's slice
+        self.is_spent = False  # the last `compress` found something, but not for this step
         self._low_blocks = int(policy.low_share * pool.num_usable)
         self._high_blocks = int(policy.high_share * pool.num_usable)
         self._is_refilling = False
@@ -103,6 +104,7 @@ class Ladder:
     def begin_step(self) -> None:
         """A new slice."""
         self._num_tokens_left = self._policy.slice_tokens
+        self.is_spent = False
         self._order = None
 
     def refresh(self) -> None:
@@ -132,17 +134,12 @@ class Ladder:
         )
         return self._is_refilling
 
-    @property
-    def is_spent(self) -> bool:
-        """More could be compressed, but not in this step."""
-        span = self._find()
-        return span is not None and not self._has_budget(span)
-
     def compress(self) -> Compression | None:
         """Compress the next span; None when there is none, when this step's slice is used up, or
         when not even the reserve has a block."""
         span = self._find()
-        if span is None or not self._has_budget(span):
+        self.is_spent = span is not None and not self._has_budget(span)
+        if span is None or self.is_spent:
             return None
         assert self._order is not None
         entry = span.holders[0].table[span.start]
