@@ -16,6 +16,7 @@
 #include "ptx.cuh"
 #include "decode_record.cuh"
 #include "decode_units.cuh"
+#include "decode_values.cuh"
 #include "decode_softmax.cuh"
 #include "decode_merge.cuh"
 #include "decode_items.cuh"

@@ -16,6 +16,7 @@ from kvchat.attention.paged_decode import (
     RECORD_HEADER,
     RECORD_INTS,
     TILE_HEADS,
+    PagedDecode,
     decode_defines,
     default_tuning,
     max_splits,
@@ -103,12 +104,18 @@ def make_inputs(case: DecodeCase, device: str = "cpu") -> DecodeInputs:
 
 
 def run_emulated(
-    inputs: DecodeInputs, grid: int = 3, target_splits: int = 4, **defines: int
+    inputs: DecodeInputs,
+    grid: int = 3,
+    target_splits: int = 4,
+    lowest: Codec = Codec.INT4,
+    **defines: int,
 ) -> Tensor:
-    """Plan and launch on the emulator; scratch and output begin as NaN, counters must end as 0."""
+    """Plan and launch on the emulator; scratch and output begin as NaN, counters must end as 0.
+
+    lowest: what the kernel is built for; the same for most tests, so that fewer are compiled.
+    """
     case, cache = inputs.case, inputs.cache
-    # One kernel for all codecs, as a pool of a lower codec uses it: fewer to compile.
-    layout = BlockLayout(cache.spec, Codec.INT4)
+    layout = BlockLayout(cache.spec, lowest)
     tuning = replace(default_tuning(layout), target_splits=target_splits)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
@@ -239,3 +246,21 @@ def _move(inputs: DecodeInputs, device: str) -> None:
     inputs.cache.side = inputs.cache.side.to(device)
     for name in ("tables", "seq_lens", "q", "q_rotated"):
         setattr(inputs, name, getattr(inputs, name).to(device))
+
+
+def run_on_gpu(inputs: DecodeInputs, target_splits: int = 16) -> Tensor:
+    """The same on the GPU, inputs there; twice, the second time with what the first left behind."""
+    case, layout = inputs.case, inputs.cache.layout
+    decode = PagedDecode(
+        layout, case.num_kv_heads * case.group, len(case.lens), max(case.lens), "cuda",
+        replace(default_tuning(layout), target_splits=target_splits),
+    )  # fmt: skip
+    plan = decode.make_plan()
+    decode.plan(plan, inputs.tables, inputs.seq_lens, case.window)
+    outs = [torch.full_like(inputs.q, torch.nan) for _ in range(2)]
+    for out in outs:
+        decode.attend(
+            out, inputs.q, inputs.q_rotated, inputs.cache, plan, LAYER, case.head_dim**-0.5
+        )
+    assert torch.equal(*outs), case
+    return outs[0]

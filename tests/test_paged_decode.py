@@ -10,7 +10,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decode_cases import MIXED, DecodeCase, excess, make_inputs, reference, run_emulated
+from decode_cases import (
+    MIXED,
+    DecodeCase,
+    excess,
+    make_inputs,
+    reference,
+    run_emulated,
+    run_on_gpu,
+)
+
+from kvchat.kv.layout import Codec
 
 GRID = {
     "head_dim": (64, 128),
@@ -185,6 +195,33 @@ def test_a_scale_that_is_nan_shows(codec):
     inputs.cache.side[block_id, :, :, : inputs.cache.layout.side_used(1)] = 0xFF
 
     assert run_emulated(inputs).isnan().any()
+
+
+@pytest.mark.parametrize("lowest", [Codec.NATIVE, Codec.INT8])
+def test_kernels_of_pools_that_never_go_lower(lowest):
+    codec = lowest.name.lower()
+    for block_size, window in ((16, 0), (32, 150)):
+        case = DecodeCase(block_size=block_size, codec=codec, lens=(300, 33), window=window)
+        check(case, lowest=lowest)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", range(8))
+def test_the_grid_on_a_gpu(part):
+    for seed, choice in list(enumerate(CASES))[part::8]:
+        case = decode_case(choice, seed)
+        for longer in (case, replace(case, lens=(*case.lens, 2500), window=seed % 3 * 500)):
+            inputs = make_inputs(longer, "cuda")
+            assert excess(run_on_gpu(inputs), reference(inputs)) < 1, longer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_other_head_dims_on_a_gpu(head_dim):
+    for codec in ("native", "int8", MIXED):
+        inputs = make_inputs(DecodeCase(head_dim, codec=codec, lens=(2500, 33)), "cuda")
+        for target_splits in (1, 16):
+            assert excess(run_on_gpu(inputs, target_splits), reference(inputs)) < 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from emulator import emulated
 
-from kvchat.attention.skinny_gemm import gemm_defines, is_supported
+from kvchat.attention.skinny_gemm import gemm_defines, is_supported, skinny_gemm
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -100,3 +100,24 @@ def test_inner_dimensions():
     assert is_supported(64)
     assert not is_supported(64, is_int8=True)
     assert not is_supported(72)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("is_int8", "is_gated"), [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_products_on_a_gpu(dtype, is_int8, is_gated):
+    for num_rows, num_out, dim in ((1, 4096, 4096), (8, 6152, 4096), (16, 4096, 14336)):
+        inputs = [
+            None if part is None else part.cuda()
+            for part in make(num_rows, num_out, dim, dtype, is_int8, is_gated)
+        ]
+        x, w, scales, bias, residual = inputs
+        y = torch.full((num_rows, num_out), torch.nan, dtype=x.dtype, device="cuda")
+        skinny_gemm(y, x, w, scales, bias, residual, is_gated)
+        alone = torch.full_like(y[:1], torch.nan)
+        skinny_gemm(alone, x[:1], w, scales, bias, residual[:1], is_gated)
+
+        assert_close(y, expected(*inputs, is_gated=is_gated))
+        assert torch.equal(alone, y[:1])
