@@ -208,9 +208,8 @@ def find_peak(cell, spec, policy, is_sharing):
 
 def report(capsys, name, tally):
     with capsys.disabled():
-        print(
-            f" {name}: {tally.num_turns} turns, {tally.num_resumed} of them on what was computed before, ties: {tally.ties}"
-        )
+        resumed = f"{tally.num_resumed} on tokens computed before"
+        print(f" {name}: {tally.num_turns} turns, {resumed}, ties: {tally.ties}")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
