@@ -20,7 +20,9 @@ from decode_cases import (
     run_on_gpu,
 )
 
-from kvchat.kv.layout import Codec
+from kvchat.attention.paged_decode import default_tuning
+from kvchat.config import KVSpec
+from kvchat.kv.layout import BlockLayout, Codec
 
 GRID = {
     "head_dim": (64, 128),
@@ -203,6 +205,20 @@ def test_kernels_of_pools_that_never_go_lower(lowest):
     for block_size, window in ((16, 0), (32, 150)):
         case = DecodeCase(block_size=block_size, codec=codec, lens=(300, 33), window=window)
         check(case, lowest=lowest)
+
+
+def test_as_many_warps_as_shared_memory_holds():
+    def tuning(head_dim: int, lowest: Codec, kib: int) -> tuple[int, int]:
+        spec = KVSpec(32, 8, head_dim, 16, "bfloat16")
+        found = default_tuning(BlockLayout(spec, lowest), kib << 10)
+        return found.warps, found.blocks
+
+    assert tuning(128, Codec.NATIVE, 227) == (4, 3)
+    assert tuning(128, Codec.INT4, 227) == (4, 3)
+    assert tuning(128, Codec.INT4, 163) == (4, 2)
+    assert tuning(128, Codec.NATIVE, 64) == (4, 1)
+    assert tuning(256, Codec.INT4, 227) == (4, 1)
+    assert tuning(256, Codec.INT4, 64) == (1, 1)
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ HEAD_DIMS = (64, 96, 128, 256)  # that paged_decode is written for
 RECORD_HEADER = 8
 MAX_SPLIT = 1024
 RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
+_MAX_WARPS = 12  # of a multiprocessor: more have too few registers
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
 
 
@@ -49,10 +50,13 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
     tuning = DecodeTuning(
         target_splits=target_splits, min_split=256 if target_splits <= 16 else 128
     )
-    for warps in (4, 2):
-        if shared_bytes(layout, warps) * tuning.blocks <= max_shared:
-            return replace(tuning, warps=warps)
-    return replace(tuning, warps=1, blocks=1)
+    fitting = [
+        (warps * blocks, warps, blocks)
+        for warps in (4, 2, 1)
+        for blocks in [min(_MAX_WARPS // warps, max_shared // shared_bytes(layout, warps))]
+    ]
+    _, warps, blocks = max(fitting)
+    return replace(tuning, warps=warps, blocks=max(blocks, 1))
 
 
 def shared_bytes(layout: BlockLayout, warps: int) -> int:
