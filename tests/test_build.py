@@ -12,6 +12,7 @@ from kvchat.engine.gate import GateResult, remember
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Request
 from kvchat.errors import CapacityError, UsageError
+from kvchat.kv.codecs import CODEC_FINGERPRINT
 from kvchat.kv.layout import Codec
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
@@ -128,7 +129,7 @@ def test_auto4_obeys_the_probe_unless_forced_and_says_so(folder, tmp_path, monke
 
     def lowest(mode="auto4", force=False, **results):
         probed = [GateResult(Codec[name], *result) for name, result in results.items()]
-        remember(fingerprint, probed)
+        remember(fingerprint + CODEC_FINGERPRINT, probed)
         facts = build(folder, replace(OPTIONS, kv_cache=mode, force=force))[1]
         return facts.lowest, " ".join(facts.warnings)
 
@@ -140,6 +141,8 @@ def test_auto4_obeys_the_probe_unless_forced_and_says_so(folder, tmp_path, monke
     assert lowest(INT8=good, INT4=good) == (Codec.INT4, "")
     codec, warning = lowest(INT8=good, INT4=bad)
     assert codec == Codec.INT8 and "INT4 fails the probe: KL 0.2000" in warning
+    codec, warning = lowest("auto4", INT8=bad, INT4=bad)
+    assert codec == Codec.NATIVE and warning.count("INT8") == 1 and "auto4" not in warning
     codec, warning = lowest("auto", INT8=bad, INT4=bad)
     assert codec == Codec.NATIVE and "stays native: INT8 fails the probe" in warning
     assert lowest(force=True, INT8=bad, INT4=bad) == (Codec.INT4, "")

@@ -15,7 +15,8 @@ from kvchat.bench.probe import Arm, Probed, Score, Setting, replies, sample_text
 from kvchat.bench.probing import _gates, default_settings
 from kvchat.cli import run_cli
 from kvchat.config import KVSpec
-from kvchat.engine.gate import recall
+from kvchat.engine.gate import decisive, recall
+from kvchat.kv.codecs import CODEC_FINGERPRINT
 from kvchat.kv.layout import Codec
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
@@ -192,9 +193,10 @@ def test_the_command_prints_a_table_and_remembers(probe, folder):
     ]  # fmt: skip
     assert "written by the model" in out
     assert "auto and auto4 use INT8" in out
-    results = recall(resolve(str(folder)).fingerprint)
-    assert results.keys() == {INT8, INT4}
-    assert results[INT8].kl_mean < results[INT4].kl_mean
+    results = recall(resolve(str(folder)).fingerprint + CODEC_FINGERPRINT)
+    int8, int4 = (decisive(results, codec, 0, 16) for codec in (INT8, INT4))
+    assert int8.kl_mean < int4.kl_mean
+    assert (int8.sink, int8.window) == (int4.sink, int4.window) == (0, 16)
 
 
 def test_json_holds_the_same_figures(probe, folder):
@@ -202,12 +204,11 @@ def test_json_holds_the_same_figures(probe, folder):
 
     made = json.loads(out)
     assert code == 0
-    assert [gate["codec"] for gate in made["gates"]] == ["int8", "int4"]
-    ways = [row for row in made["scores"][1:3] if row["is_telling"]]
-    worst = max(row["kl_mean"] for row in ways)
-    assert ways
+    assert [(g["codec"], g["window"]) for g in made["gates"]] == [
+        ("int8", 16), ("int4", 16), ("int8", 0), ("int4", 0),
+    ]  # fmt: skip
+    worst = max(row["kl_mean"] for row in made["scores"][1:3] if row["is_telling"])
     assert made["gates"][1]["kl_mean"] == worst
-    assert recall(resolve(str(folder)).fingerprint)[INT4].kl_mean == worst
     assert all(math.isfinite(row["nll"]) for row in made["scores"])
 
 
@@ -227,14 +228,15 @@ def test_a_gate_needs_a_row_in_which_enough_was_compressed():
     def gates(*shares):
         for row, share in zip(rows, shares, strict=True):
             row.share_compressed = share
-        return {gate.codec: gate.kl_mean for gate in _gates(rows)}
+        return {(gate.codec, gate.window): gate.kl_mean for gate in _gates(rows)}
 
-    assert gates(0.6, 0.1, 0.7, 0.9, 0.9) == {INT8: 0.001, INT4: 0.003}
-    assert gates(0.6, 0.7, 0.7, 0.9, 0.9) == {INT8: 0.001, INT4: 0.003}
-    assert gates(0.4, 0.1, 0.1, 0.9, 0.9) == {INT8: 0.004, INT4: 0.005}
-    assert gates(0.4, 0.1, 0.1, 0.4, 0.9) == {INT4: 0.005}
-    rows[4].kl_mean = math.nan
-    assert math.isnan(gates(0.4, 0.1, 0.1, 0.4, 0.9)[INT4])
+    bare = {(INT8, 0): 0.004, (INT4, 0): 0.005}
+    assert gates(0.6, 0.1, 0.7, 0.9, 0.9) == {(INT8, 128): 0.001, (INT4, 128): 0.003, **bare}
+    assert gates(0.6, 0.7, 0.1, 0.9, 0.9) == {(INT8, 128): 0.001, (INT4, 128): 0.002, **bare}
+    assert gates(0.4, 0.1, 0.1, 0.9, 0.9) == bare
+    assert gates(0.4, 0.1, 0.1, 0.4, 0.4) == {}
+    rows[1].kl_mean = math.nan
+    assert math.isnan(gates(0.6, 0.7, 0.7, 0.9, 0.9)[INT4, 128])
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from kvchat.chat.template import ChatFormat, load_chat_format
 from kvchat.chat.tokenizer import Tokenizer, load_tokenizer
 from kvchat.config import KVSpec, ModelConfig
 from kvchat.engine.build import choose_device
-from kvchat.engine.gate import GateResult, remember
+from kvchat.engine.gate import GateResult, decisive, remember
 from kvchat.errors import CapacityError, UsageError, quoted
+from kvchat.kv.codecs import CODEC_FINGERPRINT
 from kvchat.kv.layout import BlockLayout, Codec
 from kvchat.kv.planner import available_memory, format_size
 from kvchat.model.families import parse_config
@@ -246,24 +247,38 @@ def _find_needles(
 
 
 def _gates(scores: list[Score]) -> list[GateResult]:
-    """For each codec the worse of its ways there at the given sinks and window; where these leave
-    too little compressed to tell, the row without any, which is harder. A codec without a telling
-    row is left out."""
-    results = []
-    for codec in (Codec.INT8, Codec.INT4):
-        telling = [s for s in scores if s.setting.lowest == codec and s.is_telling]
-        ways = [s for s in telling if s in scores[:3]] or telling
-        if ways:
-            kl = max((s.kl_mean for s in ways), key=lambda x: math.inf if math.isnan(x) else x)
-            results.append(GateResult(codec, kl, min(score.agreement for score in ways)))
-    return results
+    """For each codec, and for each choice of what is kept native: the worse of the ways there. A
+    row in which too little was compressed to tell is left out."""
+    ways: dict[tuple[Codec, int, int], list[Score]] = {}
+    for score in scores:
+        if score.is_telling:
+            setting = score.setting
+            ways.setdefault((setting.lowest, setting.sink, setting.window), []).append(score)
+    return [
+        GateResult(codec, _worst_kl(rows), min(row.agreement for row in rows), sink, window)
+        for (codec, sink, window), rows in ways.items()
+    ]
+
+
+def _worst_kl(rows: list[Score]) -> float:
+    return max((row.kl_mean for row in rows), key=lambda x: math.inf if math.isnan(x) else x)
 
 
 def _remember(source: ModelSource, gates: list[GateResult]) -> str:
     try:
-        return f"remembered in {remember(source.fingerprint, gates)}"
+        return f"remembered in {remember(source.fingerprint + CODEC_FINGERPRINT, gates)}"
     except OSError as error:
         return f"not remembered: {error}"
+
+
+def _verdicts(report: ProbeReport) -> list[str]:
+    """What the rows that decide say of each codec, and what follows."""
+    kept = report.scores[0].setting
+    found = [decisive(report.gates, c, kept.sink, kept.window) for c in (Codec.INT8, Codec.INT4)]
+    lines = [gate.sentence() for gate in found if gate is not None]
+    passed = [gate.codec.label for gate in found if gate is not None and gate.passes]
+    used = " and ".join(passed) or "no codec"
+    return [*lines, f"auto and auto4 use {used} for this model ({report.remembered})."]
 
 
 def report_lines(report: ProbeReport) -> list[str]:
@@ -291,13 +306,7 @@ def report_lines(report: ProbeReport) -> list[str]:
     lines += ["", "compressed: mean share of the context read. NLL, KL: nats a token."]
     if not all(score.is_telling for score in report.scores):
         lines.append(f"*: less than {MIN_SHARE:.0%} compressed, so the row flatters the codec.")
-    lines += [gate.sentence() for gate in report.gates]
-    passed = [gate.codec.name for gate in report.gates if gate.passes]
-    lines.append(
-        f"auto and auto4 use {' and '.join(passed) or 'no codec'} for this model"
-        f" ({report.remembered})."
-    )
-    return lines
+    return lines + _verdicts(report)
 
 
 def _needles(found: tuple[int, int] | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.engine import Engine
-from kvchat.engine.gate import recall
+from kvchat.engine.gate import decisive, recall
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
@@ -94,18 +94,21 @@ def choose_device(device: str, host_mem: str | None = None) -> str:
     return "cpu"
 
 
-def _allowed_codec(fingerprint: bytes, is_forced: bool) -> tuple[Codec, str]:
+def _allowed_codec(fingerprint: bytes, options: EngineOptions) -> tuple[Codec, str]:
     """The lowest codec that the automatic modes may use for this model, and why no lower one."""
-    probed = recall(fingerprint)
-    if is_forced:
+    if options.force:
         return Codec.INT4, ""
-    if Codec.INT8 in probed and not probed[Codec.INT8].passes:
-        return Codec.NATIVE, probed[Codec.INT8].sentence()
-    if Codec.INT4 not in probed:
-        return Codec.INT8, "the model has not been probed (kvchat probe measures it)"
-    if not probed[Codec.INT4].passes:
-        return Codec.INT8, probed[Codec.INT4].sentence()
-    return Codec.INT4, ""
+    probed = recall(fingerprint)
+    int8, int4 = (
+        decisive(probed, codec, options.kv_sink, options.kv_window)
+        for codec in (Codec.INT8, Codec.INT4)
+    )
+    if int8 is not None and not int8.passes:
+        return Codec.NATIVE, int8.sentence()
+    if int4 is None:
+        said = "with so few tokens kept native" if probed else "(kvchat probe measures it)"
+        return Codec.INT8, f"the model has not been probed {said}"
+    return (Codec.INT4, "") if int4.passes else (Codec.INT8, int4.sentence())
 
 
 def _check_context(source: ModelSource, config: ModelConfig, options: EngineOptions) -> None:
@@ -184,12 +187,13 @@ def build_engine(
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
+    fingerprint = source.fingerprint + CODEC_FINGERPRINT
     kv_mode = choose_kv_mode(
         options.kv_cache,
         options.kv_window,
         options.kv_sink,
         spec,
-        *_allowed_codec(source.fingerprint, options.force),
+        *_allowed_codec(fingerprint, options),
     )
     layout, kv = BlockLayout(spec, kv_mode.lowest), kv_mode.policy
     scheduler_config = _scheduler_config(layout, kv, config, options)
@@ -202,7 +206,7 @@ def build_engine(
     pool = BlockPool(
         num_blocks,
         options.block_size,
-        source.fingerprint + CODEC_FINGERPRINT,
+        fingerprint,
         span_blocks=kv.span_blocks,
         num_reserved=kv.num_reserved,
     )

@@ -42,10 +42,10 @@ def choose_kv_mode(
             raise UsageError(sentence)
         warnings.append(f"the KV cache stays native: {sentence}")
         mode = "native"
-    if mode == "auto4" and allowed < Codec.INT4:
+    if mode == "auto4" and allowed == Codec.INT8:
         warnings.append(f"auto4 stops at INT8: {reason}; --force goes on to INT4")
         mode = "auto"
-    if mode == "auto" and allowed < Codec.INT8:
+    if mode in ("auto", "auto4") and allowed < Codec.INT8:
         warnings.append(f"the KV cache stays native: {reason}; --force compresses it")
         mode = "native"
     return KVMode(_policy(mode, window, sink, spec), tuple(warnings))
