@@ -183,7 +183,7 @@ def test_one_at_a_time_is_one_after_another(model):
 
     assert driver.tally.peak_running == 1
     assert [reply.session_id for reply in driver.log.replies] == [0, 0, 1, 1, 2, 2]
-    assert driver.is_done and driver.num_done == 3
+    assert driver.is_done and driver.share_done == 1
 
 
 def test_what_stands_before_the_clock_is_computed_and_not_timed(model):

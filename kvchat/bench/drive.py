@@ -105,10 +105,10 @@ class Driver:
         return max((num_held for _, num_held in self.held), default=0)
 
     @property
-    def num_done(self) -> int:
-        """Sessions whose last reply has been made."""
-        waiting = {session_id for _, session_id, _ in self._due} | self._open.keys()
-        return len(self._scripts) - len(self._later) - len(waiting)
+    def share_done(self) -> float:
+        """Of all tokens that are to be generated."""
+        turns = [turn for script in self._scripts.values() for turn in script.turns]
+        return self.tally.num_sampled / sum(turn.num_reply for turn in turns)
 
     @property
     def num_calm(self) -> int:

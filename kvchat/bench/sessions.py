@@ -2,7 +2,7 @@
 
 One repetition serves the whole workload once in every mode. Within it the modes take turns of
 SLICE_S seconds, so that whatever slows the machine slows them all; a ratio is the median over the
-repetitions. Two of the sessions are also served one after the other, a little after every turn.
+repetitions. Two of the sessions are also served one after the other, spread over all repetitions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ SLICE_S = 0.2
 POOL_SHARE = 0.6  # of the blocks that native needs for the workload
 MODES = ("native", "int8", "auto")
 NUM_SOLO = 2  # sessions that are also served one by one
-_SOLO_SHARE = 0.25  # of a slice
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def _measure(
     solos = [Driver(arm.setup, arm.runner, solo_scripts, 1, stop_ids) for arm in others]
     for rep in range(options.reps):
         drivers = [Driver(arm.setup, arm.runner, scripts, None, stop_ids) for arm in arms]
-        for done in _alternate(drivers, solos, rep):
-            progress(f"repetition {rep + 1} of {options.reps}", done, len(scripts) * len(arms))
+        for share in _alternate(drivers, solos, rep, options.reps):
+            progress(f"repetition {rep + 1} of {options.reps}", round(1000 * share), 1000)
         for arm, result, driver in zip(arms, results, drivers, strict=True):
             _keep(arm, result, driver)
     for solo, result in zip(solos, results, strict=True):
@@ -192,17 +191,22 @@ def _solo_scripts(scripts: list[Script]) -> list[Script]:
     return [scripts[i * len(scripts) // NUM_SOLO] for i in range(min(NUM_SOLO, len(scripts)))]
 
 
-def _alternate(drivers: list[Driver], solos: list[Driver], rep: int) -> Iterator[int]:
-    """Turns of a slice each until all are done, another mode first each time; yields the sessions
-    that are done."""
+def _alternate(
+    drivers: list[Driver], solos: list[Driver], rep: int, num_reps: int
+) -> Iterator[float]:
+    """Turns of a slice each until all are done, another mode first each time; the solo runs go on
+    in step with the whole, so that they see the same machine. Yields what is done, of 1."""
     turn = rep
     while not all(driver.is_done for driver in drivers):
         order = [(turn + i) % len(drivers) for i in range(len(drivers))]
         for i in order:
             drivers[i].run(SLICE_S)
-            solos[i].run(_SOLO_SHARE * SLICE_S)
+        share = (rep + sum(driver.share_done for driver in drivers) / len(drivers)) / num_reps
+        for i in order:
+            if solos[i].share_done < share:
+                solos[i].run(SLICE_S)
         turn += 1
-        yield sum(driver.num_done for driver in drivers)
+        yield share
 
 
 def _keep(arm: Arm, result: ModeResult, driver: Driver) -> None:
