@@ -11,6 +11,7 @@ Waiting is for what the terminal shows, never for a time.
 
 import asyncio
 from concurrent.futures import Future
+from typing import ClassVar
 
 import pyte
 from prompt_toolkit.input import create_pipe_input
@@ -41,7 +42,7 @@ class TalkingEngine(ScriptedEngine):
     num_generated = 0
     owners = ("null", *[1] * 10, *["shared"] * 6, *["cached"] * 8, *["free"] * 40)
     codecs = (Codec.NATIVE,) * 65
-    compressed: dict = {}  # by (from, to): spans
+    compressed: ClassVar[dict] = {}  # by (from, to): spans
 
     def step(self, num_tokens: int = 1) -> bool:
         self.num_generated += num_tokens * len(self._running)
@@ -69,11 +70,8 @@ class TalkingEngine(ScriptedEngine):
             num_blocks_freed={kind: 3 * n for kind, n in self.compressed.items()},
         )
 
-    def pool_map(self) -> list:
-        return list(self.owners)
-
-    def pool_codecs(self) -> list[Codec]:
-        return list(self.codecs)
+    def pool_map(self) -> list[tuple[object, Codec]]:
+        return list(zip(self.owners, self.codecs, strict=True))
 
     def session_kv(self, session_id: int) -> SessionKV:
         return self.held.get(session_id, SessionKV(100, 7, 7 * 20_480))

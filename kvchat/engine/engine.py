@@ -144,16 +144,11 @@ class Engine:
         with self._lock:
             return read_stats(self._scheduler)
 
-    def pool_map(self) -> list[BlockOwner]:
-        """Who holds each block, by block id, for /pool."""
+    def pool_map(self) -> list[tuple[BlockOwner, Codec]]:
+        """Who holds each block and how it stores its tokens, by block id, for /pool."""
         with self._lock:
-            return map_blocks(self._scheduler)
-
-    def pool_codecs(self) -> list[Codec]:
-        """How each block stores its tokens, by block id."""
-        with self._lock:
-            pool = self._scheduler.pool
-            return [pool.codec(block_id) for block_id in range(pool.num_blocks)]
+            owners, pool = map_blocks(self._scheduler), self._scheduler.pool
+            return [(owner, pool.codec(block_id)) for block_id, owner in enumerate(owners)]
 
     def session_kv(self, session_id: int) -> SessionKV:
         """What the session holds in the pool, for /kv."""

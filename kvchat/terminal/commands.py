@@ -212,9 +212,8 @@ def show(repl: Repl, argument: str) -> None:
 def pool(repl: Repl, argument: str) -> None:
     engine, facts = repl.runtime.engine, repl.runtime.facts
     names = {session.id: session.name for session in repl.library.sessions}
-    blocks = list(zip(engine.pool_map(), engine.pool_codecs(), strict=True))
     stats, columns = engine.stats(), repl.screen.columns
-    repl.show.lines(memory_views.pool_lines(blocks, names, facts, stats, columns))
+    repl.show.lines(memory_views.pool_lines(engine.pool_map(), names, facts, stats, columns))
 
 
 @command(
