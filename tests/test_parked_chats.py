@@ -141,6 +141,68 @@ def test_what_never_fits_as_it_was_parked_is_computed_again():
     assert bench.scheduler.counters.num_drops == 1
 
 
+def chats_with_a_queued_one(num_host_slots: int) -> Bench:
+    """Session 1, the coldest, has a request that waits for its turn; session 2 is idle, session 3
+    generates and takes what is free."""
+    bench = Bench(17, num_host_slots=num_host_slots, max_num_seqs=1)
+    for request_id in (1, 2):
+        bench.submit(request_id, text(12, request_id * 1000), max_tokens=4)
+        bench.finish()
+    bench.submit(3, text(20, 3000), max_tokens=20)
+    bench.step()
+    history = bench.requests[1].token_ids
+    bench.submit(4, [*history, *text(3, 4000)], session_id=1, max_tokens=2)
+    return bench
+
+
+@pytest.mark.parametrize("num_host_slots", [0, 20], ids=["dropped", "parked"])
+def test_a_session_that_waits_for_its_turn_gives_way_after_the_idle_ones(num_host_slots):
+    bench = chats_with_a_queued_one(num_host_slots)
+
+    while bench.requests[3].finish_reason is None:
+        bench.step()
+
+    assert 1 in bench.held() and 2 not in bench.held()
+    assert list(bench.scheduler.parked) == ([2] if num_host_slots else [])
+    bench.finish()
+    assert bench.requests[4].num_cached_tokens == 15
+    assert reply_of(bench.requests[4]) == continuation(
+        bench.requests[4].token_ids[: bench.requests[4].num_prompt_tokens], 2
+    )
+
+
+def count_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that a sequence is looked at, whether it can be parked."""
+    looks: list[int] = []
+    arena, can_park = bench.scheduler.arena, parking.HostArena.can_park
+
+    def count(seq):
+        looks.append(seq.num_tokens)
+        return can_park(arena, seq)
+
+    monkeypatch.setattr(arena, "can_park", count)
+    return looks
+
+
+@pytest.mark.parametrize("num_host_slots", [0, 200])
+def test_idle_sessions_that_share_all_are_looked_at_once_a_step(num_host_slots, monkeypatch):
+    kv = KVPolicy("auto", 8, 0, (1, 2), num_reserved=2, slice_tokens=80, high_share=0.9)
+    bench = Bench(43, kv=kv, num_host_slots=num_host_slots)
+    bench.submit(1, text(140), max_tokens=1)
+    bench.finish()
+    for child in range(2, 12):
+        assert bench.scheduler.fork(1, child, 140).num_tokens == 140
+    looks = count_looks(bench, monkeypatch)
+    bench.submit(20, text(16, 5000), max_tokens=20)
+
+    for _ in range(10):
+        bench.step()
+
+    assert bench.pool.counters.num_compressions[Codec.NATIVE, Codec.INT8] > 5
+    assert not bench.scheduler.parked
+    assert len(looks) <= (2 * 11 if num_host_slots else 0), looks
+
+
 # --- any chats, any time ---
 
 POLICIES = {

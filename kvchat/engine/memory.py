@@ -36,7 +36,7 @@ class Memory:
         self._config, self._roster, self._counters = config, roster, counters
         self._ladder = Ladder(config.kv, pool, self._holders)
         self.arena = HostArena(config.num_host_slots, pool)
-        self.residents = Residents(pool, self._ladder, self.arena, counters)
+        self.residents = Residents(pool, self._ladder, self.arena, counters, roster.requests)
         self._entering: Holder | None = None  # of the request that `admit` is about
 
     def begin_step(self, ops: list[BlockOp]) -> None:

@@ -6,7 +6,7 @@ same block tables is being launched. So what is trimmed or dropped keeps its blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvchat.engine.counters import SchedulerCounters
@@ -29,16 +29,25 @@ class Residents:
     """At most one resident per session, kept from the coldest to the one that was used last; or
     what was one and is parked in the arena.
 
-    `ladder` is told of every sequence that comes, is cut or goes."""
+    `ladder` is told of every sequence that comes, is cut or goes. `waiting` always has the sessions
+    with a request: of these, what is held here is wanted soon."""
 
     def __init__(
-        self, pool: BlockPool, ladder: Ladder, arena: HostArena, counters: SchedulerCounters
+        self,
+        pool: BlockPool,
+        ladder: Ladder,
+        arena: HostArena,
+        counters: SchedulerCounters,
+        waiting: Collection[int],
     ) -> None:
         self._pool, self._ladder, self._arena, self._counters = pool, ladder, arena, counters
+        self._waiting = waiting
         self._held: dict[int, Resident] = {}  # by session id, coldest first
         self._parked: dict[int, Parked] = {}  # by session id, which holds nothing else
         self._trimmed: list[Resident] = []  # until settle: their sequences are too long
         self._dropped: list[Sequence] = []  # until settle: they belong to nobody
+        self._shared: set[int] = set()  # sessions of which parking would free nothing, as seen
+        self._num_copies = 0  # the pool's, then
 
     def __len__(self) -> int:
         return len(self._held)
@@ -70,6 +79,7 @@ class Residents:
         """Own seq and token_ids, the computed ones, from now on, in place of what was held."""
         self.drop(session_id)
         self._held[session_id] = Resident(seq, token_ids, request_id)
+        self._shared.discard(session_id)
         self._ladder.touch(seq)
         self.trim(session_id, len(token_ids))
 
@@ -97,6 +107,7 @@ class Residents:
     def missing(self, session_id: int, seq: Sequence) -> list[ParkedBlock]:
         """What has to be restored behind seq, which `take` has just given; none for most."""
         parked = self._parked.get(session_id)
+        self._shared.clear()  # a part of seq may be given back
         return self._arena.missing(parked, seq) if parked else []
 
     def resume(
@@ -109,10 +120,21 @@ class Residents:
 
     def park_coldest(self, spared: set[int], ops: list[BlockOp]) -> bool:
         """Let what was idle for longest, and fits, wait in the arena; not the spared sessions, nor
-        those that wait to run. Call `settle` first."""
+        those that wait to run. Call `settle` first.
+
+        Tables are long: who shares all of its blocks is looked at again when some were given back.
+        """
+        if not self._arena.num_free:
+            return False
+        if self._num_copies != self._pool.counters.num_copies:  # a shared tail was given back
+            self._num_copies = self._pool.counters.num_copies
+            self._shared.clear()
         for session_id, resident in self._held.items():
-            is_waiting = resident.request_id is not None
-            if is_waiting or session_id in spared or not self._arena.can_park(resident.seq):
+            if session_id in self._shared or session_id in self._waiting or session_id in spared:
+                continue
+            if not self._arena.can_park(resident.seq):
+                if self._arena.has_room(resident.seq):
+                    self._shared.add(session_id)
                 continue
             del self._held[session_id]
             self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
@@ -172,18 +194,21 @@ class Residents:
             self._arena.release(parked)
 
     def drop_coldest(self, last_session_id: int | None, spared: set[int]) -> Resident | None:
-        """Free, at once, what was idle for longest, the last session last and the spared ones not
-        at all; None: none left."""
+        """Free, at once, what was idle for longest, then what waits to run, the last session last
+        and the spared ones not at all; None: none left."""
         held_ids = [held_id for held_id in self._held if held_id not in spared]
         if not held_ids:
             return None
-        session_id = min(held_ids, key=lambda held_id: held_id == last_session_id)
+        session_id = min(
+            held_ids, key=lambda held_id: (held_id == last_session_id, held_id in self._waiting)
+        )
         resident = self._held.pop(session_id)
         self.free(resident.seq)
         return resident
 
     def free(self, seq: Sequence) -> None:
         """Give back all of a sequence."""
+        self._shared.clear()
         self._ladder.forget(seq)
         self._pool.free(seq)
 
@@ -223,6 +248,7 @@ class Residents:
         return num_lost
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
+        self._shared.clear()
         self._ladder.forget(seq)
         self._pool.truncate(seq, num_tokens)
         self._ladder.touch(seq)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvchat.kv.block_ops import BlockOp, ParkBlock, RestoreBlock
 from kvchat.kv.block_pool import BlockPool, Sequence
-from kvchat.kv.layout import Codec, unpack_entry
+from kvchat.kv.layout import Codec, block_ids, unpack_entry
 
 
 class ParkedBlock(NamedTuple):
@@ -56,12 +56,13 @@ class HostArena:
         """Slots that can be taken."""
         return len(self._free)
 
+    def has_room(self, seq: Sequence) -> bool:
+        """There are slots for all of its blocks."""
+        return seq.num_blocks <= len(self._free)
+
     def can_park(self, seq: Sequence) -> bool:
         """There are slots for all of its blocks, and one of these at least would be free then."""
-        if seq.num_blocks > len(self._free):
-            return False
-        held_ids = (unpack_entry(entry)[0] for entry in seq.table)
-        return any(self._pool.ref_count(block_id) == 1 for block_id in held_ids)
+        return self.has_room(seq) and 1 in map(self._pool.ref_count, block_ids(seq.table))
 
     def park(self, seq: Sequence, token_ids: list[int], ops: list[BlockOp]) -> Parked:
         """Take slots for all blocks of seq, which holds exactly token_ids; it is to be freed then.

@@ -94,7 +94,7 @@ WALKED = [
     _mutant(
         PARKING,
         "parked though there are too few slots",
-        ("if seq.num_blocks > len(self._free):", "if False:"),
+        ("return seq.num_blocks <= len(self._free)", "return True"),
     ),
 ]
 # Found by tests/simulation with an arena
