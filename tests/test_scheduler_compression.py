@@ -13,7 +13,7 @@ from kvchat.engine.history import History
 from kvchat.engine.stats import read_session_kv, read_stats
 from kvchat.errors import CapacityError
 from kvchat.kv.block_ops import CompressSpan
-from kvchat.kv.ladder import Compression
+from kvchat.kv.ladder import Compression, Ladder
 from kvchat.kv.layout import Codec
 
 NATIVE, INT8, INT4 = Codec
@@ -167,6 +167,23 @@ def test_an_eager_mode_compresses_what_has_left_the_window_in_a_roomy_pool():
     by_codec = read_session_kv(bench.scheduler, 1, 10, (8, 9)).shares
     counts = {codec: share[:2] for codec, share in by_codec.items()}
     assert counts == {NATIVE: (17, 5), INT8: (32, 4)}
+
+
+def test_the_ladder_is_told_who_has_its_own_copy_of_a_tail(monkeypatch):
+    told = []
+    monkeypatch.setattr(Ladder, "part", lambda _, seq: told.append(seq))
+    bench = bench_of(AUTO, 60, max_num_batched_tokens=32)
+    parent = bench.submit(1, text(17), max_tokens=3)
+    bench.step()
+    bench.scheduler.fork(1, 2, 17)
+    bench.scheduler.fork(1, 3, 17)
+
+    bench.step()
+    assert told == [parent.seq]
+    child = bench.submit(2, [*text(17), 7], max_tokens=1)
+    bench.step()
+
+    assert told == [parent.seq, child.seq] and bench.pool.counters.num_copies == 2
 
 
 # --- pinned sessions ---

@@ -51,6 +51,10 @@ class Memory:
         """It has sealed blocks, or its session is no longer pinned."""
         self._ladder.touch(seq)
 
+    def part(self, seq: Sequence) -> None:
+        """It has its own copy of its last block."""
+        self._ladder.part(seq)
+
     def admit(self, request: Request, ops: list[BlockOp]) -> str:
         """Give a waiting request its sequence, with slots for its tokens, or say what it lacks.
 
@@ -90,7 +94,9 @@ class Memory:
                 return num_fitting
             if not self._force(request):
                 return 0
-        ops += new_ops
+        if new_ops:
+            self._ladder.part(seq)
+            ops += new_ops
         return num_tokens
 
     @property
@@ -189,6 +195,8 @@ class Memory:
         for num_slots in (num_room + self.pool.num_free * block_size, num_room):
             new_ops = self.pool.append(seq, num_slots) if 0 < num_slots < num_tokens else None
             if new_ops is not None:
+                if new_ops:
+                    self._ladder.part(seq)
                 ops += new_ops
                 return num_slots
         return 0

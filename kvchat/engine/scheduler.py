@@ -327,7 +327,8 @@ class Scheduler:
                 if num_new <= 0:  # it keeps its blocks until somebody before it wants them
                     request.wait_reason = f"waiting for {self._memory.shortage} (0 ahead)"
                     return 0
-            else:
+            elif ops:
+                self._memory.part(seq)
                 batch.block_ops += ops
             request.wait_reason = ""
         is_sampled = start + num_new == num_tokens

@@ -121,6 +121,11 @@ class Ladder:
         for rung in self.rungs:
             rung.forget(seq)
 
+    def part(self, seq: Sequence) -> None:
+        """A sequence has its own copy of its last block: others need not wait for it there."""
+        for rung in self.rungs:
+            rung.part(seq)
+
     @property
     def is_wanted(self) -> bool:
         """Compress, though nobody waits for it: there is too little room, or the mode says so."""
@@ -221,6 +226,14 @@ class _Rung:
         for entry, start in self._waiting.pop(seq, {}).items():
             del self._keepers[entry]
             self._orphans[entry] = start
+
+    def part(self, seq: Sequence) -> None:
+        """It has another block at the end: a span that waits with it there belongs to nobody."""
+        for entry, start in [*self._waiting.get(seq, {}).items()]:
+            if seq.table[start] != entry:
+                self._release(entry)
+                self._orphans[entry] = start
+        self.touch(seq)
 
     def note(self, span: Span, entry: int) -> None:
         """A span whose table began with `entry` there has been compressed."""
