@@ -60,7 +60,8 @@ class ParkingWalk(PoolWalk):
         self.land()
         self.pool.truncate(chat.seq, chat.num_computed)
         held_ids = {unpack_entry(entry)[0] for entry in chat.seq.table}
-        is_useful = any(self.pool.ref_count(block_id) == 1 for block_id in held_ids)
+        num_own = sum(self.pool.ref_count(block_id) == 1 for block_id in held_ids)
+        is_useful = num_own >= len(held_ids) / 2
         can = is_useful and len(held_ids) <= self.arena.num_free
         assert self.arena.can_park(chat.seq) == can, f"{self.arena.num_free} for {chat}"
         if not can:

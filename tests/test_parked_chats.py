@@ -172,15 +172,15 @@ def test_a_session_that_waits_for_its_turn_gives_way_after_the_idle_ones(num_hos
 
 
 def count_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that a sequence is looked at, whether it can be parked."""
+    """One entry for each time that a sequence is looked at, how much of it is its own."""
     looks: list[int] = []
-    arena, can_park = bench.scheduler.arena, parking.HostArena.can_park
+    arena, num_own = bench.scheduler.arena, parking.HostArena.num_own
 
     def count(seq):
         looks.append(seq.num_tokens)
-        return can_park(arena, seq)
+        return num_own(arena, seq)
 
-    monkeypatch.setattr(arena, "can_park", count)
+    monkeypatch.setattr(arena, "num_own", count)
     return looks
 
 
@@ -201,6 +201,26 @@ def test_idle_sessions_that_share_all_are_looked_at_once_a_step(num_host_slots, 
     assert bench.pool.counters.num_compressions[Codec.NATIVE, Codec.INT8] > 5
     assert not bench.scheduler.parked
     assert len(looks) <= (2 * 11 if num_host_slots else 0), looks
+
+
+def test_a_parent_and_its_fork_take_no_slots_for_what_they_share():
+    bench = Bench(41, num_host_slots=60)
+    bench.submit(1, text(60), max_tokens=1)
+    bench.finish()
+    assert bench.scheduler.fork(1, 2, 60).num_tokens == 60
+    for session_id in (1, 2):
+        words = [*text(60), *text(6, session_id * 2000)]
+        bench.submit(session_id + 2, words, session_id=session_id, max_tokens=1)
+        bench.finish()
+    assert bench.pool.num_held == 15 + 2 + 2
+
+    bench.submit(5, text(110, 5000), max_tokens=1)
+    bench.step()
+
+    # The parent has to give way, and what is the fork's alone then is parked, once.
+    assert list(bench.scheduler.parked) == [2]
+    assert bench.scheduler.arena.counters.num_parked_blocks == 15 + 2
+    assert bench.scheduler.counters.num_drops == 1
 
 
 # --- any chats, any time ---
@@ -290,7 +310,7 @@ def test_32_000_random_steps_with_an_arena_break_no_invariant():
     counts = walk(block_pool, range(8), 4_000)
 
     least = {"park": 500, "resume": 500, "resume compressed": 30, "resume what is cached": 80}
-    least |= {"resume a tail": 200, "go back to a boundary": 15, "no room": 80}
+    least |= {"resume a tail": 150, "go back to a boundary": 15, "no room": 80}
     least |= {"trim inside a span": 30, "fork parked": 80, "not parked": 500}
     print(dict(counts))
     assert not {event: counts[event] for event, num in least.items() if counts[event] < num}

@@ -153,16 +153,16 @@ def test_a_hit_that_ends_inside_a_parked_span_goes_back_to_its_start():
 
 def test_what_others_have_compressed_meanwhile_is_restored_as_it_was():
     house = House()
-    one = house.computed(TEXT[:17])
-    other = house.pool.fork(one, 16)  # the tail is one's alone
-    parked, _ = house.park(one, TEXT[:17])
+    one = house.computed(TEXT[:33])
+    other = house.pool.fork(one, 16)  # the other five blocks are one's alone
+    parked, _ = house.park(one, TEXT[:33])
     house.compress(other, 2, INT8)
 
-    seq, ops = house.resume(parked, TEXT[:17])
+    seq, ops = house.resume(parked, TEXT[:33])
 
     assert seq.table[:2] == other.table[:2]
     assert seq.table[2:] == [op.dst for op in ops]
-    assert [op.slot for op in ops] == [2, 3, 4]
+    assert [op.slot for op in ops] == [2, 3, 4, 5, 6, 7, 8]
     house.pool.check_integrity([seq, other])
 
 
@@ -244,6 +244,18 @@ def test_it_is_parked_whole_or_not_and_only_where_that_frees_something():
     house.pool.free(twin)
     house.park(short, [7] * 13)
     assert house.arena.num_free == 0
+
+
+@pytest.mark.parametrize("num_shared, is_parked", [(8, True), (12, False), (16, False)])
+def test_what_shares_more_than_half_of_its_blocks_is_not_parked(num_shared, is_parked):
+    house = House()
+    seq = house.computed(TEXT[:16])
+    twin = house.pool.fork(seq, num_shared)
+
+    assert house.arena.num_own(seq) == 4 - num_shared // 4
+    assert house.arena.can_park(seq) == is_parked
+    house.pool.free(twin)
+    assert house.arena.can_park(seq)
 
 
 def test_no_block_is_adopted_from_the_reserve():

@@ -46,7 +46,7 @@ class Residents:
         self._parked: dict[int, Parked] = {}  # by session id, which holds nothing else
         self._trimmed: list[Resident] = []  # until settle: their sequences are too long
         self._dropped: list[Sequence] = []  # until settle: they belong to nobody
-        self._shared: set[int] = set()  # sessions of which parking would free nothing, as seen
+        self._num_own: dict[int, int] = {}  # by session id: blocks that nobody else holds, at most
         self._num_copies = 0  # the pool's, then
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Residents:
         """Own seq and token_ids, the computed ones, from now on, in place of what was held."""
         self.drop(session_id)
         self._held[session_id] = Resident(seq, token_ids, request_id)
-        self._shared.discard(session_id)
+        self._num_own.pop(session_id, None)
         self._ladder.touch(seq)
         self.trim(session_id, len(token_ids))
 
@@ -107,7 +107,7 @@ class Residents:
     def missing(self, session_id: int, seq: Sequence) -> list[ParkedBlock]:
         """What has to be restored behind seq, which `take` has just given; none for most."""
         parked = self._parked.get(session_id)
-        self._shared.clear()  # a part of seq may be given back
+        self._num_own.clear()  # a part of seq may be given back
         return self._arena.missing(parked, seq) if parked else []
 
     def resume(
@@ -122,19 +122,22 @@ class Residents:
         """Let what was idle for longest, and fits, wait in the arena; not the spared sessions, nor
         those that wait to run. Call `settle` first.
 
-        Tables are long: who shares all of its blocks is looked at again when some were given back.
+        Tables are long: who shares more than half of its blocks is looked at again when blocks were
+        given back, or when so many were compressed that it may be no more than half.
         """
         if not self._arena.num_free:
             return False
         if self._num_copies != self._pool.counters.num_copies:  # a shared tail was given back
             self._num_copies = self._pool.counters.num_copies
-            self._shared.clear()
+            self._num_own.clear()
         for session_id, resident in self._held.items():
-            if session_id in self._shared or session_id in self._waiting or session_id in spared:
+            seq = resident.seq
+            is_kept = session_id in self._waiting or session_id in spared
+            is_shared = 2 * self._num_own.get(session_id, seq.num_blocks) < seq.num_blocks
+            if is_kept or is_shared or not self._arena.has_room(seq):
                 continue
-            if not self._arena.can_park(resident.seq):
-                if self._arena.has_room(resident.seq):
-                    self._shared.add(session_id)
+            self._num_own[session_id] = self._arena.num_own(seq)
+            if 2 * self._num_own[session_id] < seq.num_blocks:
                 continue
             del self._held[session_id]
             self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
@@ -208,7 +211,7 @@ class Residents:
 
     def free(self, seq: Sequence) -> None:
         """Give back all of a sequence."""
-        self._shared.clear()
+        self._num_own.clear()
         self._ladder.forget(seq)
         self._pool.free(seq)
 
@@ -248,7 +251,7 @@ class Residents:
         return num_lost
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
-        self._shared.clear()
+        self._num_own.clear()
         self._ladder.forget(seq)
         self._pool.truncate(seq, num_tokens)
         self._ladder.touch(seq)

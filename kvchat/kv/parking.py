@@ -60,9 +60,16 @@ class HostArena:
         """There are slots for all of its blocks."""
         return seq.num_blocks <= len(self._free)
 
+    def num_own(self, seq: Sequence) -> int:
+        """Blocks that nobody else holds: what parking it would free."""
+        return [*map(self._pool.ref_count, block_ids(seq.table))].count(1)
+
     def can_park(self, seq: Sequence) -> bool:
-        """There are slots for all of its blocks, and one of these at least would be free then."""
-        return self.has_room(seq) and 1 in map(self._pool.ref_count, block_ids(seq.table))
+        """There are slots for all of its blocks, and at least half of these would be free then.
+
+        Slots are not shared with those who keep the blocks: a session that shares more of them
+        with others would take many slots and free few blocks, and so it is not parked."""
+        return self.has_room(seq) and 2 * self.num_own(seq) >= seq.num_blocks
 
     def park(self, seq: Sequence, token_ids: list[int], ops: list[BlockOp]) -> Parked:
         """Take slots for all blocks of seq, which holds exactly token_ids; it is to be freed then.

@@ -96,6 +96,11 @@ WALKED = [
         "parked though there are too few slots",
         ("return seq.num_blocks <= len(self._free)", "return True"),
     ),
+    _mutant(
+        PARKING,
+        "parked though most of it stays",
+        ("2 * self.num_own(seq) >= seq.num_blocks", "self.num_own(seq) > 0"),
+    ),
 ]
 # Found by tests/simulation with an arena
 SIMULATED = [
