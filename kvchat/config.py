@@ -100,7 +100,8 @@ class KVPolicy:
     sink: int = 64  # first tokens that do
     span_blocks: tuple[int, ...] = (1,)
     num_reserved: int = 0  # blocks for compression and copy-on-write alone
-    slice_tokens: int = 1024  # compressed in one step at most; a span always may be
+    slice_tokens: int = 1024  # compressed in one step at most; a span always may be. Eager modes
+    # also compress what was computed meanwhile: see kv/ladder
     low_share: float = 1 / 32  # of the blocks: when fewer are free, compression begins
     high_share: float = 1 / 16  # it goes on until so many are
 

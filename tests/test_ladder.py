@@ -199,6 +199,29 @@ def test_a_span_that_many_share_takes_more_of_the_slice():
     assert len(shelf.compress_all()) == 1 and shelf.ladder.is_spent
 
 
+def test_an_eager_mode_compresses_at_once_all_spans_that_end_in_one_step():
+    shelf = Shelf(KVPolicy("int4", 8, 4, (1, 2, 4), num_reserved=1, slice_tokens=1))
+    seqs = [shelf.add(39) for _ in range(6)]
+    shelf.ladder.begin_step()
+    assert shelf.compress_all() == []
+    for session_id, seq in enumerate(seqs, 1):
+        shelf.grow(seq, 1, session_id)
+
+    shelf.ladder.begin_step()
+
+    assert shelf.compress_all() == [([session_id], 16, INT4) for session_id in range(1, 7)]
+
+
+def test_a_backlog_of_an_eager_mode_is_compressed_in_slices():
+    shelf = Shelf(KVPolicy("int8", 8, 4, (1, 2), num_reserved=1, slice_tokens=20))
+    shelf.add(100)
+    shelf.ladder.begin_step()  # 20, and a span for each of two touches
+
+    assert len(shelf.compress_all()) == 4 and shelf.ladder.is_spent
+    shelf.ladder.begin_step()
+    assert len(shelf.compress_all()) == 2 and shelf.ladder.is_spent
+
+
 def test_nothing_is_spent_when_there_is_nothing_to_compress():
     shelf = Shelf(AUTO)
     shelf.add(23)

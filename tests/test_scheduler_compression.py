@@ -186,6 +186,51 @@ def test_the_ladder_is_told_who_has_its_own_copy_of_a_tail(monkeypatch):
     assert told == [parent.seq, child.seq] and bench.pool.counters.num_copies == 2
 
 
+def unpinned(mode, num_blocks):
+    """A pool in an eager mode, with all of an idle session of 800 tokens still to compress."""
+    spans = AUTO4.span_blocks if mode == "int4" else EAGER.span_blocks
+    kv = replace(EAGER, mode=mode, span_blocks=spans, slice_tokens=16)
+    bench = bench_of(kv, num_blocks)
+    bench.scheduler.set_pinned(1, True)
+    idle(bench, 1, 800)
+    bench.scheduler.set_pinned(1, False)
+    return bench
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_backlog_of_an_eager_mode_is_spread_over_steps(mode):
+    bench = unpinned(mode, 1000)
+    request = bench.submit(2, text(100, 5000), max_tokens=60)
+    num_ops = []
+    while bench.scheduler.has_requests:
+        batch = bench.scheduler.schedule()
+        num_ops.append(sum(isinstance(op, CompressSpan) for op in batch.block_ops))
+        bench.scheduler.update(batch, bench.device.launch(batch).tokens())
+        bench.check()
+    span_tokens = 8 if mode == "int8" else 16
+
+    # twice the 16 of a step, and a span for each of two that were touched
+    assert max(num_ops) * span_tokens <= 2 * 16 + 2 * span_tokens
+    assert reply_of(request) == continuation(text(100, 5000), 60)
+    assert bench.scheduler.history(1)[-1].end == (792 if mode == "int8" else 784)
+
+
+def test_nobody_gives_way_because_an_eager_mode_has_a_backlog():
+    bench = unpinned("int8", 206)  # 203 for claims, and 200 are held
+    for key in range(11, 15):
+        bench.scheduler.fork(1, key, 800)  # a span of five takes the slice of a step
+    requests = [bench.submit(key, text(120, key * 5000), max_tokens=30) for key in (2, 3)]
+    waits = set()
+    while bench.scheduler.has_requests:
+        bench.step()
+        waits |= {request.wait_reason for request in requests}
+
+    assert "waiting for memory, compressing (0 ahead)" in waits
+    assert not bench.scheduler.counters.num_preemptions + bench.scheduler.counters.num_drops
+    for key, request in zip((2, 3), requests, strict=True):
+        assert reply_of(request) == continuation(text(120, key * 5000), 30)
+
+
 # --- pinned sessions ---
 
 
@@ -280,6 +325,22 @@ def test_a_fork_of_a_compressed_chat_copies_nothing_and_shares_the_history():
 
     assert bench.scheduler.history(2) == bench.scheduler.history(1) != ()
     assert bench.pool.counters.num_copies == 0
+
+
+def test_the_history_of_a_fork_or_of_what_was_trimmed_ends_where_the_session_does():
+    bench = compressed(bench_of(EAGER, 400))
+    idle(bench, 2, 80)
+    bench.submit(9, text(1, 9000), max_tokens=1)
+    bench.finish()
+    assert [entry[1:3] for entry in bench.scheduler.history(2)] == [(8, 72)]
+
+    assert bench.scheduler.fork(1, 2, 61).num_tokens == 56
+    assert bench.scheduler.trim(1, 30) == 6
+
+    assert [entry[1:3] for entry in bench.scheduler.history(2)] == [(8, 56)]
+    assert [entry[1:3] for entry in bench.scheduler.history(1)] == [(8, 24)]
+    assert bench.scheduler.fork(1, 2, 8).num_tokens == 8
+    assert bench.scheduler.history(2) == ()
 
 
 # --- steps that fail ---

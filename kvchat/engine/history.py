@@ -43,10 +43,23 @@ class History:
             else:
                 entries.append(new)
 
-    def fork(self, parent_session_id: int, child_session_id: int) -> None:
-        """The child shares what was compressed."""
+    def fork(self, parent_session_id: int, child_session_id: int, num_tokens: int) -> None:
+        """The child, whatever it was, shares what was compressed of the first num_tokens."""
+        self.forget(child_session_id)
         if parent_session_id in self._entries:
             self._entries[child_session_id] = self._entries[parent_session_id].copy()
+            self.trim(child_session_id, num_tokens)
+
+    def trim(self, session_id: int, num_tokens: int) -> None:
+        """The session has its first num_tokens only."""
+        entries = self._entries.pop(session_id, ())
+        kept = [
+            entry._replace(end=min(entry.end, num_tokens))
+            for entry in entries
+            if entry.start < num_tokens
+        ]
+        if kept:
+            self._entries[session_id] = deque(kept, MAX_ENTRIES)
 
     def forget(self, session_id: int) -> None:
         """The session is closed."""

@@ -34,7 +34,7 @@ class Memory:
         self.pool = pool
         self.history = History()
         self._config, self._roster, self._counters = config, roster, counters
-        self._ladder = Ladder(config.kv, pool, self._holders)
+        self._ladder = Ladder(config.kv, pool, self._holders, config.max_num_batched_tokens)
         self.arena = HostArena(config.num_host_slots, pool)
         self.residents = Residents(pool, self._ladder, self.arena, counters, roster.requests)
         self._entering: Holder | None = None  # of the request that `admit` is about

@@ -175,6 +175,7 @@ class Scheduler:
         if session_id in self._requests:
             return 0
         num_lost = self._residents.trim(session_id, num_tokens)
+        self._memory.history.trim(session_id, num_tokens - num_lost)
         self._settle_if_idle()
         return num_lost
 
@@ -386,7 +387,7 @@ class Scheduler:
 
     def _shared(self, parent_id: int, child_id: int, num_kept: int, num_wanted: int) -> Shared:
         self.counters.num_recomputed_tokens += num_wanted - num_kept
-        self._memory.history.fork(parent_id, child_id)
+        self._memory.history.fork(parent_id, child_id, num_kept)
         self._settle_if_idle()
         return Shared(num_kept, num_wanted - num_kept)
 

@@ -87,15 +87,22 @@ class _Order:
 
 
 class Ladder:
-    """`read_holders` gives all live sequences, coldest first: asked once a step, or `refresh`."""
+    """`read_holders` gives all live sequences, coldest first: asked once a step, or `refresh`.
+    `step_tokens`: what a step computes at most; only the eager modes ask."""
 
     def __init__(
-        self, policy: KVPolicy, pool: BlockPool, read_holders: Callable[[], Iterable[Holder]]
+        self,
+        policy: KVPolicy,
+        pool: BlockPool,
+        read_holders: Callable[[], Iterable[Holder]],
+        step_tokens: int = 0,
     ) -> None:
         self._policy, self._pool, self._read_holders = policy, pool, read_holders
         self.rungs = [_Rung(policy, pool, Codec(src), Codec(to)) for src, to in policy.rungs]
         self._order: _Order | None = None
-        self._num_tokens_left = 0  # of this step's slice
+        self._step_tokens = step_tokens
+        self._num_touches = 0  # since the step began
+        self._slice_tokens = self._num_tokens_left = 0  # of this step
         self.is_spent = False  # the last `compress` found something, but not for this step
         self._low_blocks = int(policy.low_share * pool.num_usable)
         self._high_blocks = int(policy.high_share * pool.num_usable)
@@ -103,7 +110,8 @@ class Ladder:
 
     def begin_step(self) -> None:
         """A new slice."""
-        self._num_tokens_left = self._policy.slice_tokens
+        self._slice_tokens = self._num_tokens_left = self._slice()
+        self._num_touches = 0
         self.is_spent = False
         self._order = None
 
@@ -113,6 +121,7 @@ class Ladder:
 
     def touch(self, seq: Sequence) -> None:
         """A sequence is new, has sealed blocks, or its session is no longer pinned."""
+        self._num_touches += 1
         for rung in self.rungs:
             rung.touch(seq)
 
@@ -171,10 +180,19 @@ class Ladder:
                 return span
         return None
 
-    def _has_budget(self, span: Span) -> bool:
+    def _slice(self) -> int:
+        """Tokens that this step may compress. An eager mode always has enough for what was computed
+        since the last step, also when that ends a span in each sequence: what is stored depends on
+        the position alone. Twice as much, so that a backlog (of a session that was pinned) ends."""
         policy = self._policy
-        is_first = self._num_tokens_left == policy.slice_tokens
-        return policy.is_eager or is_first or self._num_tokens_left >= self._cost(span)
+        if not policy.is_eager:
+            return policy.slice_tokens
+        span_tokens = self._pool.span_blocks[policy.rungs[-1][1]] * self._pool.block_size
+        return max(policy.slice_tokens, 2 * self._step_tokens) + self._num_touches * span_tokens
+
+    def _has_budget(self, span: Span) -> bool:
+        is_first = self._num_tokens_left == self._slice_tokens
+        return is_first or self._num_tokens_left >= self._cost(span)
 
     def _cost(self, span: Span) -> int:
         """What it takes of the slice, in tokens."""

@@ -191,9 +191,7 @@ COMPRESSION_MUTANTS = [
         "a pinned session is compressed",
         ("        if holder.is_pinned:\n            return None\n", ""),
     ),
-    _ladder(
-        "the slice has no end", ("        return policy.is_eager or", "        return True or")
-    ),
+    _ladder("the slice has no end", ("        return is_first or", "        return True or")),
     _ladder(
         "what was looked at once is never looked at again",
         (
@@ -204,7 +202,7 @@ COMPRESSION_MUTANTS = [
     ),
     _ladder(
         "a span whose keeper is gone is forgotten",
-        ("            self._orphans[entry] = start\n\n    def note", "\n    def note"),
+        ("            self._orphans[entry] = start\n\n    def part", "\n    def part"),
     ),
     _ladder(
         "what the upper rung leaves is not seen below",
