@@ -597,6 +597,22 @@ def test_a_full_context_ends_the_reply_with_a_notice():
     assert session.num_context_tokens == 64 == session.max_context
 
 
+def test_a_pinned_chat_that_fills_the_pool_uncompressed_is_told_that_pinning_is_the_limit():
+    session, engine, library = chat(["x" * 500, "abcdef"], max_model_len=100)
+    engine.max_context = 64
+    library.pin()
+    _answer, notice = say(session, engine, library, "hi")
+
+    assert notice.kind == "notice"
+    assert notice.text == (
+        "the KV pool holds 64 tokens of a pinned chat, which is not compressed; /unpin it, "
+        "/undo turns, /clear, or /fork an earlier point"
+    )
+    session.undo()
+    session.set_option("n", "3")
+    assert say(session, engine, library, "hi") == [Chunk("answer", "abc")]
+
+
 def test_a_reply_at_its_own_limit_has_no_notice():
     session, engine, library = chat(["abcdef"])
     session.set_option("n", "3")

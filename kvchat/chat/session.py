@@ -293,27 +293,23 @@ class Session:
         self._job = None
         self.last_reply = job.stats(reason)
         self.unread += 1
-        self._output += self._comments(turn, self.last_reply, error)
+        self._output += self._comments(turn, job, error)
         if self.queued:
             try:
                 self._ask(turn, self.queued.pop(0))
             except KvchatError as problem:
                 self._output.append(Chunk("notice", f"not sent: {problem}"))
 
-    def _comments(self, turn: Turn, stats: ReplyStats, error: str) -> Iterator[Chunk]:
+    def _comments(self, turn: Turn, job: Job, error: str) -> Iterator[Chunk]:
         """What is to be said about a finished reply; something where there is nothing else."""
+        stats = self.last_reply
+        assert stats is not None, f"not finished: {turn=}"
         if stats.finish_reason == "error":
             yield Chunk("notice", error or "the engine could not go on with this reply")
         elif stats.finish_reason == "abort":
             yield Chunk("remark", "stopped")
-        elif stats.finish_reason == "length" and turn.num_tokens < self.max_context:
-            yield Chunk("remark", f"cut at {stats.num_generated_tokens:,} tokens")
         elif stats.finish_reason == "length":
-            yield Chunk(
-                "notice",
-                f"context full: {turn.num_tokens:,} of {self.max_context:,} tokens; "
-                "/undo turns, /clear, or /fork an earlier point",
-            )
+            yield self._length_comment(turn, stats, job.request.sampling.max_tokens)
         elif not turn.content.strip():
             yield Chunk("remark", "empty reply")
         if stats.num_recomputed_tokens:
@@ -323,6 +319,17 @@ class Session:
         if lowest > self._told_codec:
             self._told_codec = lowest
             yield Chunk("remark", f"older tokens are now {lowest.label}; /kv shows which")
+
+    def _length_comment(self, turn: Turn, stats: ReplyStats, max_tokens: int | None) -> Chunk:
+        """Which limit the reply has come to: the context's, that of a pinned chat, or its own."""
+        way_out = "/undo turns, /clear, or /fork an earlier point"
+        if turn.num_tokens >= self.max_context:
+            text = f"context full: {turn.num_tokens:,} of {self.max_context:,} tokens; {way_out}"
+            return Chunk("notice", text)
+        if self.is_pinned and (max_tokens is None or stats.num_generated_tokens < max_tokens):
+            text = f"the KV pool holds {turn.num_tokens:,} tokens of a pinned chat, which is not"
+            return Chunk("notice", f"{text} compressed; /unpin it, {way_out}")
+        return Chunk("remark", f"cut at {stats.num_generated_tokens:,} tokens")
 
 
 def _decodable(text: str) -> str:
