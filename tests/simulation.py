@@ -174,10 +174,10 @@ class Simulation:
             assert request.wait_reason or is_ending, f"waits without a word: {request=}"
             if person.session_id == self.foreground and not is_ending:
                 # The reserve is filled up first; what is parked comes back as a whole.
-                is_compressing = "compressing" in request.wait_reason
+                is_moving = request.wait_reason.startswith("waiting for memory, ")
                 gap = min(gap, self.num_steps - self.looked_at)
                 longest = self.config.kv.num_reserved + self.scenario.num_host_slots
-                assert is_compressing and gap <= longest, f"{gap=} {request=}"
+                assert is_moving and gap <= longest, f"{gap=} {request=}"
 
     def finish_step(self, batch: Batch) -> None:
         """Launch and read in turn, or fail."""

@@ -223,6 +223,33 @@ def test_a_parent_and_its_fork_take_no_slots_for_what_they_share():
     assert bench.scheduler.counters.num_drops == 1
 
 
+@pytest.mark.parametrize(
+    ("slice_tokens", "parked"),
+    [(8, [[1], [1, 2], [1, 2, 3]]), (30, [[1, 2], [1, 2, 3]]), (1024, [[1, 2, 3]])],
+    ids=["one a step, longer than the slice", "two in a slice", "all in a slice"],
+)
+@pytest.mark.parametrize("mode", ["native", "auto"])
+def test_what_is_parked_in_a_step_is_bounded_by_its_slice(mode, slice_tokens, parked):
+    kv = KVPolicy(mode, 64, 0, (1, 2)[: 1 + (mode != "native")], 0, slice_tokens)
+    bench = Bench(14, num_host_slots=60, kv=kv, max_num_batched_tokens=64)
+    for session_id in (1, 2, 3):
+        bench.submit(session_id, text(12, session_id * 1000), max_tokens=4)
+        bench.finish()
+    bench.scheduler.set_foreground(4)
+    request = bench.submit(4, text(50, 4000), max_tokens=2)
+
+    for expected in parked:
+        assert request.num_computed_tokens < 50
+        bench.step()
+        assert list(bench.scheduler.parked) == expected
+        if expected != parked[-1]:
+            assert mode == "auto" or request.wait_reason == "waiting for memory, parking (0 ahead)"
+
+    bench.finish()
+    assert reply_of(request) == continuation(text(50, 4000), 2)
+    assert (bench.scheduler.counters.num_drops, bench.scheduler.counters.num_preemptions) == (0, 0)
+
+
 # --- any chats, any time ---
 
 POLICIES = {

@@ -38,11 +38,14 @@ class Memory:
         self.arena = HostArena(config.num_host_slots, pool)
         self.residents = Residents(pool, self._ladder, self.arena, counters, roster.requests)
         self._entering: Holder | None = None  # of the request that `admit` is about
+        self._num_moved_tokens = 0  # parked and compressed in this step
+        self._is_parking_spent = False  # what was parked left nothing of the slice for who is next
 
     def begin_step(self, ops: list[BlockOp]) -> None:
         """Give back what sessions gave up, and make room where that is due; all is launched."""
         self.residents.settle()
         self._ladder.begin_step()
+        self._num_moved_tokens, self._is_parking_spent = 0, False
         relieve = self._compress if self._config.kv.is_eager else self._relieve
         while self._ladder.is_wanted and relieve(ops):
             pass
@@ -102,6 +105,8 @@ class Memory:
     @property
     def shortage(self) -> str:
         """What somebody waits for whose claim has failed."""
+        if self._is_parking_spent:
+            return "memory, parking"
         return "memory, compressing" if self._ladder.is_spent else "memory"
 
     def preempt(self, request: Request) -> None:
@@ -202,8 +207,10 @@ class Memory:
         return 0
 
     def _force(self, request: Request) -> bool:
-        """Let a session give up its blocks, unless there is more to compress in the next step."""
-        return not self._ladder.is_spent and self._make_way(request)
+        """Let a session give up its blocks, unless there is more to park or to compress in the next
+        step."""
+        is_spent = self._is_parking_spent or self._ladder.is_spent
+        return not is_spent and self._make_way(request)
 
     def _make_way(self, request: Request) -> bool:
         """Let one session give up its blocks, if there is one that has to."""
@@ -222,16 +229,33 @@ class Memory:
         return False
 
     def _relieve(self, ops: list[BlockOp]) -> bool:
-        """Let an idle session, or else a span, take less of the pool."""
-        roster = self._roster
+        """Let an idle session, or else a span, take less of the pool.
+
+        Parking takes of the step's slice as compression does, but a session is parked whole: as the
+        first thing of a step it may be longer than the slice, else it waits for the next step."""
+        roster, moved = self._roster, self._num_moved_tokens
+        slice_tokens = self._config.kv.slice_tokens
         spared = roster.pinned if roster.foreground is None else {*roster.pinned, roster.foreground}
-        return self.residents.park_coldest(spared, ops) or self._compress(ops)
+        found = self.residents.find_parkable(spared)
+        if found is None:
+            is_used_up = bool(self._ladder.rungs) and moved >= slice_tokens
+            self._is_parking_spent = is_used_up and any(isinstance(op, ParkBlock) for op in ops)
+            return not self._is_parking_spent and self._compress(ops)
+        session_id, num_tokens = found
+        self._is_parking_spent = moved > 0 and moved + num_tokens > slice_tokens
+        if self._is_parking_spent:
+            return False
+        self.residents.park(session_id, ops)
+        self._num_moved_tokens += num_tokens
+        return True
 
     def _compress(self, ops: list[BlockOp]) -> bool:
         compression = self._ladder.compress()
         if compression is None:
             return False
         ops.append(compression.op)
+        if not self._config.kv.is_eager:  # which compresses first in every step: nobody would park
+            self._num_moved_tokens += compression.end - compression.start
         self.history.note(compression)
         return True
 

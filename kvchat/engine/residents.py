@@ -118,15 +118,15 @@ class Residents:
             self._arena.resume(parked, missing, seq, ops)
             self._ladder.touch(seq)
 
-    def park_coldest(self, spared: set[int], ops: list[BlockOp]) -> bool:
-        """Let what was idle for longest, and fits, wait in the arena; not the spared sessions, nor
-        those that wait to run. Call `settle` first.
+    def find_parkable(self, spared: set[int]) -> tuple[int, int] | None:
+        """(session id, tokens) of what was idle for longest and fits into the arena; not the spared
+        sessions, nor those that wait to run. Call `settle` first.
 
         Tables are long: who shares more than half of its blocks is looked at again when blocks were
         given back, or when so many were compressed that it may be no more than half.
         """
         if not self._arena.num_free:
-            return False
+            return None
         if self._num_copies != self._pool.counters.num_copies:  # a shared tail was given back
             self._num_copies = self._pool.counters.num_copies
             self._num_own.clear()
@@ -137,13 +137,15 @@ class Residents:
             if is_kept or is_shared or not self._arena.has_room(seq):
                 continue
             self._num_own[session_id] = self._arena.num_own(seq)
-            if 2 * self._num_own[session_id] < seq.num_blocks:
-                continue
-            del self._held[session_id]
-            self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
-            self.free(resident.seq)
-            return True
-        return False
+            if 2 * self._num_own[session_id] >= seq.num_blocks:
+                return session_id, seq.num_tokens
+        return None
+
+    def park(self, session_id: int, ops: list[BlockOp]) -> None:
+        """Let a session that `find_parkable` has just found wait in the arena."""
+        resident = self._held.pop(session_id)
+        self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
+        self.free(resident.seq)
 
     def fork_parked(self, parent_id: int, child_id: int, num_tokens: int) -> int:
         """Share a parked session's first num_tokens; returns how many of them are kept."""

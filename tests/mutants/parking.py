@@ -107,7 +107,7 @@ SIMULATED = [
     _mutant(
         RESIDENTS,
         "what is parked keeps its blocks",
-        ("            self.free(resident.seq)\n            return True", "            return True"),
+        ("token_ids, ops)\n        self.free(resident.seq)\n", "token_ids, ops)\n"),
     ),
     _mutant(
         RESIDENTS,

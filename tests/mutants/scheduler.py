@@ -214,7 +214,7 @@ COMPRESSION_MUTANTS = [
     ),
     _memory(
         "somebody gives way though there is more to compress",
-        ("return not self._ladder.is_spent and ", "return "),
+        ("return not is_spent and ", "return "),
     ),
     _memory("the spans of a step are lost", ("        ops.append(compression.op)\n", "")),
     _memory("a span that was not encoded is believed", ("self.pool.distrust(op)", "pass")),
