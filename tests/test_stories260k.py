@@ -142,7 +142,8 @@ def test_all_cases_id_for_id_after_fork(decoder, grid, num_kept):
     num_cached = {}
     for session_id, (prompt, reply) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
         text = prompt + reply[:num_kept]
-        assert stack.engine.fork(session_id, 10 + session_id, len(text) - 1) == len(text) - 1
+        shared = stack.engine.fork(session_id, 10 + session_id, len(text) - 1)
+        assert shared == (len(text) - 1, 0)
         rest = SamplingParams(temperature=0.0, max_tokens=NUM_REPLY - num_kept)
         child = stack.submit(10 + session_id, text, rest)
         num_cached[child] = len(text) - 1
