@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from fake_device import continuation
-from mutants import Mutant, kill, load
+from mutants import Mutant, assemble, kill, load
 from mutants.parking import SIMULATED, WALKED
 from parking_walk import WalkFailure, walk
 from simulation import Scenario, Simulation
@@ -306,18 +306,6 @@ def check(module: ModuleType) -> None:
     for name, seed, is_late in MUTANT_EVENINGS:
         scenario = evening(seed, POLICIES[name], is_late, 60, num_sessions=80)
         Simulation(assemble(module), replace(scenario, failure_rate=0.03), check_every=2).run()
-
-
-def assemble(module: ModuleType) -> ModuleType:
-    """A scheduler module over this one of its parts."""
-    scheduler = load(Mutant("none", "kvchat.engine.scheduler", ()))
-    memory = load(Mutant("none", "kvchat.engine.memory", ()))
-    if module.__name__ == "kvchat.engine.residents":
-        memory.Residents = module.Residents
-        scheduler.Memory = memory.Memory
-    else:
-        scheduler.Memory = module.Memory
-    return scheduler
 
 
 @pytest.mark.parametrize("mutant", SIMULATED, ids=str)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import ModuleType
 
 import pytest
-from mutants import Mutant, kill, load
+from mutants import Mutant, assemble, kill, load
 from mutants.scheduler import COMPRESSION_MUTANTS, MUTANTS
 from simulation import Scenario, Simulation
 
@@ -124,25 +124,6 @@ def check_compressed(module: ModuleType) -> None:
             scenario = squeezed(22, kv, is_late, num_sessions=60)
             scenario = replace(scenario, failure_rate=0.0 if is_late else 0.05)
             Simulation(assemble(module), scenario, check_every=5).run()
-
-
-def assemble(module: ModuleType) -> ModuleType:
-    """A fresh scheduler module that is built on this one of its parts."""
-    if module.__name__ == SCHEDULER:
-        return module
-    scheduler = load(Mutant("none", SCHEDULER, ()))
-    memory = load(Mutant("none", "kvchat.engine.memory", ()))
-    scheduler.Memory = memory.Memory
-    if module.__name__ == "kvchat.engine.memory":
-        scheduler.Memory = module.Memory
-    elif module.__name__ == "kvchat.engine.residents":
-        memory.Residents = module.Residents
-    elif module.__name__ == "kvchat.kv.ladder":
-        memory.Ladder = module.Ladder
-        memory.Holder = module.Holder
-    else:
-        scheduler.Roster = module.Roster
-    return scheduler
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -23,11 +23,11 @@ from kvchat.attention import AttentionBatch
 from kvchat.attention import cpu_jit as jit
 from kvchat.attention import cpu_kernels as kernels
 from kvchat.attention.rope import RopeTable
-from kvchat.attention.slots import CODEC_SHIFT, plan_positions, plan_slots
+from kvchat.attention.slots import plan_positions, plan_slots
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
 from kvchat.kv.codecs import rotation_signs, rotation_size
-from kvchat.kv.layout import K_GROUP, Codec, v_group
+from kvchat.kv.layout import CODEC_SHIFT, K_GROUP, Codec, v_group
 
 _KINDS = {
     torch.float32: jit.FLOAT32,

@@ -16,8 +16,7 @@ from numpy import float32, int8, int32
 
 from kvchat.attention.cpu_jit import FLOAT16, Bytes, Floats, Halves, fast
 from kvchat.attention.cpu_tiles import widen
-from kvchat.attention.slots import CODEC_SHIFT, SPAN_INDEX_MASK
-from kvchat.kv.layout import BLOCK_ID_BITS, K_GROUP, Codec
+from kvchat.kv.layout import BLOCK_ID_BITS, CODEC_SHIFT, K_GROUP, SPAN_INDEX_MASK, Codec
 
 _INT8, _INT4 = int(Codec.INT8), int(Codec.INT4)
 _MIDPOINT = float32(7.5)  # of an INT4 value's codes

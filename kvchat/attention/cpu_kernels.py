@@ -50,7 +50,7 @@ from kvchat.attention.cpu_tiles import (
     update,
     widen,
 )
-from kvchat.attention.slots import BLOCK_ID_MASK, CODEC_SHIFT
+from kvchat.kv.layout import BLOCK_ID_MASK, CODEC_SHIFT
 
 Pool = Elements  # [B, L, 2, K, T, D]
 Payload = Bytes  # [B, L, 2, K, T * D * element size]: the pool's bytes

@@ -10,17 +10,11 @@ from torch import Tensor
 
 from kvchat.attention import AttentionBatch
 from kvchat.attention.rope import RopeTable, apply_rope
-from kvchat.attention.slots import (
-    BLOCK_ID_MASK,
-    CODEC_SHIFT,
-    SPAN_INDEX_MASK,
-    plan_positions,
-    plan_slots,
-)
+from kvchat.attention.slots import plan_positions, plan_slots
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
 from kvchat.kv.codecs import decode
-from kvchat.kv.layout import BLOCK_ID_BITS, Codec
+from kvchat.kv.layout import BLOCK_ID_BITS, BLOCK_ID_MASK, CODEC_SHIFT, SPAN_INDEX_MASK, Codec
 
 
 class ReferenceBackend:

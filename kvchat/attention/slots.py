@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from kvchat.attention import AttentionBatch
-from kvchat.kv.layout import BLOCK_ID_BITS, SPAN_INDEX_BITS
-
-# The parts of a table's entry, for arrays of them: codec, index in the span, block id.
-CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
-SPAN_INDEX_MASK = (1 << SPAN_INDEX_BITS) - 1
-BLOCK_ID_MASK = (1 << BLOCK_ID_BITS) - 1
+from kvchat.kv.layout import BLOCK_ID_MASK
 
 
 def plan_positions(batch: AttentionBatch) -> list[int]:
@@ -34,5 +29,5 @@ def plan_slots(batch: AttentionBatch, block_size: int) -> list[int]:
     ]
     assert min(slots) >= block_size, f"slot {min(slots)} lies in the null block"
     last_id = max(slots) // block_size
-    assert last_id < 1 << BLOCK_ID_BITS, f"entry {last_id:#x} is of a compressed block"
+    assert last_id <= BLOCK_ID_MASK, f"entry {last_id:#x} is of a compressed block"
     return slots

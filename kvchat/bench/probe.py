@@ -16,7 +16,7 @@ from torch import Tensor
 from kvchat.attention import AttentionBatch
 from kvchat.attention.backends import make_backend
 from kvchat.attention.rope import RopeTable
-from kvchat.config import KVSpec
+from kvchat.config import KVPolicy, KVSpec
 from kvchat.kv.block_pool import BlockOp, BlockPool, Sequence
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
@@ -80,6 +80,9 @@ class Arm:
         self._pool = BlockPool(
             num_blocks, spec.block_size, span_blocks=self._cache.layout.span_blocks
         )
+        self._policy = KVPolicy(
+            window=setting.window, sink=setting.sink, span_blocks=self._pool.span_blocks
+        )
         self._backend = make_backend(
             probed.backend, probed.decoder.config, self._cache, probed.rope
         )
@@ -129,11 +132,11 @@ class Arm:
         """Every span that has left the sinks and the window, rung by rung."""
         num_tokens = len(text.token_ids)
         self._pool.seal(text.seq, text.token_ids, num_tokens)
+        block_size = self._pool.block_size
         for rung in self.setting.rungs:
-            num_entries = self._cache.layout.span_blocks[rung]
-            span_tokens = self._cache.layout.span_tokens(rung)
-            first = math.ceil(self.setting.sink / span_tokens) * num_entries
-            end = (num_tokens - self.setting.window) // span_tokens * num_entries
+            num_entries = self._pool.span_blocks[rung]
+            places = self._policy.compressible(num_tokens, rung, block_size)
+            first, end = (position // block_size for position in places)
             for start in range(max(first, text.next_entries.get(rung, 0)), end, num_entries):
                 op = self._pool.compress([text.seq], start, rung)
                 assert op is not None, "compressing frees more than it takes"

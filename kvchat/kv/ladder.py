@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from kvchat.config import KVPolicy
 from kvchat.kv.block_pool import BlockPool, CompressSpan, Sequence
-from kvchat.kv.layout import BLOCK_ID_BITS, SPAN_INDEX_BITS, Codec, block_ids
+from kvchat.kv.layout import CODEC_SHIFT, Codec, block_ids
 
-_CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
 # What rewriting one more table takes of a slice: a span that 1,000 share has a step of its own.
 _TOKENS_PER_HOLDER = 16
 
@@ -308,14 +307,12 @@ class _Rung:
         span, cursor = None, self._cursors.get(seq, first)
         while span is None and cursor + num_entries <= end:
             entry = seq.table[cursor]
-            if entry in self._keepers or entry in self._torn:
-                pass  # seen with another who shares it
-            elif not self._is_source(seq.table, cursor):
-                pass
-            elif self._is_exclusive(seq, cursor):
-                span = Span([seq], cursor, self._codec)
-            else:
-                span = self._try(holder, entry, cursor, order)
+            is_seen = entry in self._keepers or entry in self._torn  # with another who shares it
+            if not is_seen and self._is_source(seq.table, cursor):
+                if self._is_exclusive(seq, cursor):
+                    span = Span([seq], cursor, self._codec)
+                else:
+                    span = self._try(holder, entry, cursor, order)
             cursor += num_entries if span is None else 0
         self._cursors[seq] = cursor
         return span
@@ -356,10 +353,10 @@ class _Rung:
 
     def _is_source(self, table: list[int], start: int) -> bool:
         """All of the span is of this rung's source codec."""
-        if table[start] >> _CODEC_SHIFT != self._src:
+        if table[start] >> CODEC_SHIFT != self._src:
             return False
         span = table[start : start + self._num_entries : self._src_entries]
-        return all(entry >> _CODEC_SHIFT == self._src for entry in span)
+        return all(entry >> CODEC_SHIFT == self._src for entry in span)
 
     def _is_exclusive(self, seq: Sequence, start: int) -> bool:
         ids = block_ids(seq.table[start : start + self._num_entries])

@@ -26,8 +26,11 @@ from kvchat.errors import UsageError
 
 BLOCK_ID_BITS = 24  # 16.7 million blocks: 256 GiB of 16 KiB blocks
 SPAN_INDEX_BITS = 4  # an entry is an int32: codec (4 bits), index in the span (4), block id (24)
-_BLOCK_ID_MASK = (1 << BLOCK_ID_BITS) - 1
-_SPAN_INDEX_MASK = (1 << SPAN_INDEX_BITS) - 1 << BLOCK_ID_BITS
+# The parts of an entry, also for arrays of them.
+CODEC_SHIFT = BLOCK_ID_BITS + SPAN_INDEX_BITS
+SPAN_INDEX_MASK = (1 << SPAN_INDEX_BITS) - 1
+BLOCK_ID_MASK = (1 << BLOCK_ID_BITS) - 1
+_SPAN_INDEX_FIELD = SPAN_INDEX_MASK << BLOCK_ID_BITS  # zero in a span's first entry
 K_GROUP = 64  # tokens that share an INT4 key channel's scale and zero
 MAX_V_GROUP = 64  # channels that share an INT4 value's scale, at most
 _SIDE_ALIGNMENT = 16  # bytes: one vector load of a GPU
@@ -52,19 +55,19 @@ CODEC_BITS = {Codec.INT8: 8, Codec.INT4: 4}
 
 def pack_entry(block_id: int, codec: Codec, span_idx: int) -> int:
     """A block table's entry: which block, which of its block_size pieces, stored how."""
-    return block_id | span_idx << BLOCK_ID_BITS | codec << (BLOCK_ID_BITS + SPAN_INDEX_BITS)
+    return block_id | span_idx << BLOCK_ID_BITS | codec << CODEC_SHIFT
 
 
 def unpack_entry(entry: int) -> tuple[int, Codec, int]:
     """(block_id, codec, span_idx) of a block table's entry; a native entry is its block id."""
-    span_idx = (entry & _SPAN_INDEX_MASK) >> BLOCK_ID_BITS
-    codec = _CODECS[entry >> (BLOCK_ID_BITS + SPAN_INDEX_BITS)]
-    return entry & _BLOCK_ID_MASK, codec, span_idx
+    span_idx = entry >> BLOCK_ID_BITS & SPAN_INDEX_MASK
+    codec = _CODECS[entry >> CODEC_SHIFT]
+    return entry & BLOCK_ID_MASK, codec, span_idx
 
 
 def block_ids(entries: list[int]) -> list[int]:
     """The blocks of whole spans, each once, in order of position."""
-    return [entry & _BLOCK_ID_MASK for entry in entries if not entry & _SPAN_INDEX_MASK]
+    return [entry & BLOCK_ID_MASK for entry in entries if not entry & _SPAN_INDEX_FIELD]
 
 
 def span_blocks(dtype: str, lowest: Codec) -> tuple[int, ...]:

@@ -69,3 +69,22 @@ def kill(mutant: Mutant, check: Callable[[ModuleType], object]) -> Exception:
             cause = cause.__cause__
         return error
     raise AssertionError(f"the mutant survived: {mutant.name}")
+
+
+def assemble(module: ModuleType) -> ModuleType:
+    """A fresh scheduler module that is built on this one of its parts."""
+    if module.__name__ == "kvchat.engine.scheduler":
+        return module
+    scheduler = load(Mutant("none", "kvchat.engine.scheduler", ()))
+    memory = load(Mutant("none", "kvchat.engine.memory", ()))
+    scheduler.Memory = memory.Memory
+    if module.__name__ == "kvchat.engine.memory":
+        scheduler.Memory = module.Memory
+    elif module.__name__ == "kvchat.engine.residents":
+        memory.Residents = module.Residents
+    elif module.__name__ == "kvchat.kv.ladder":
+        memory.Ladder = module.Ladder
+        memory.Holder = module.Holder
+    else:
+        scheduler.Roster = module.Roster
+    return scheduler
