@@ -29,7 +29,6 @@ from kvchat.errors import UsageError
 from kvchat.paths import cache_dir
 
 if TYPE_CHECKING:
-    from cupy.cuda import ExternalStream
     from cupy.cuda.function import Function, Module
     from torch import Tensor
 
@@ -126,18 +125,18 @@ def _address(arg: object) -> np.uint64:
     return np.uint64(tensor.data_ptr())
 
 
-def current_stream() -> ExternalStream:
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What CuPy asks of a stream that it did not make: the CUstream."""
+
+    ptr: int
+
+
+def current_stream() -> Stream:
     """torch's current stream, as CuPy takes it; during a capture, the stream that captures."""
     import torch
 
-    return _external_stream(torch.cuda.current_stream().cuda_stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _external_stream(handle: int) -> ExternalStream:
-    from cupy.cuda import ExternalStream
-
-    return ExternalStream(handle)
+    return Stream(torch.cuda.current_stream().cuda_stream)
 
 
 def load_kernel(
