@@ -1,7 +1,7 @@
 // RMSNorm of rows, and the same with the residual added first: residual += x; out = norm(residual).
 //
 // One block of threads a row, so that a row's bits do not depend on the others. In float32 up to
-// the product with the weight, rounded before it and after it, as decoder._rms_norm does.
+// the product with the weight, rounded before it and after it, as TorchOps.norm does.
 // Shared memory: one float a warp. A thread keeps up to MAX_VECTORS vectors of 8 in registers, so a
 // row has at most MAX_VECTORS * 8 * threads elements.
 #include "ptx.cuh"

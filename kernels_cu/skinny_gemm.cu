@@ -5,12 +5,12 @@
 
 // grid: any; block: THREADS.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) skinny_gemm_kernel(
-    scalar_t* __restrict__ y,         // [num_rows, num_out]
+    scalar_t* y,                      // [num_rows, num_out]
     const scalar_t* __restrict__ x,   // [num_rows, dim]
     long long x_stride,               // elements from row to row, a multiple of 8
     const scalar_t* __restrict__ w,   // [num_out, dim]; GATED: [2 * num_out, dim]
     const scalar_t* __restrict__ bias,      // [rows of w] or null
-    const scalar_t* __restrict__ residual,  // [num_rows, num_out] or null
+    scalar_t* residual,                     // [num_rows, num_out], may be y, or null
     int num_rows, int num_out, int dim)
 {
     multiply_all(y, x, x_stride, w, nullptr, bias, residual, num_rows, num_out, dim);

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from emulator import emulated
 
-from kvchat.attention.skinny_gemm import gemm_defines, is_supported, skinny_gemm
+from kvchat.attention.kernels import load_kernel
+from kvchat.attention.skinny_gemm import SkinnyGemm, gemm_defines, is_supported
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -108,6 +109,7 @@ def test_inner_dimensions():
     ("is_int8", "is_gated"), [(False, False), (False, True), (True, False), (True, True)]
 )
 def test_products_on_a_gpu(dtype, is_int8, is_gated):
+    skinny_gemm = SkinnyGemm(dtype, load_kernel)
     for num_rows, num_out, dim in ((1, 4096, 4096), (8, 6152, 4096), (16, 4096, 14336)):
         inputs = [
             None if part is None else part.cuda()

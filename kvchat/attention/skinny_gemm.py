@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-from kvchat.attention.kernels import Kernel, load_kernel
+from kvchat.attention.cuda_ops import Launch, Load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,32 +33,52 @@ def gemm_defines(is_bf16: bool, num_rows: int, is_gated: bool) -> dict[str, int]
     }
 
 
-def skinny_gemm(
-    y: Tensor,
-    x: Tensor,
-    w: Tensor,
-    scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    is_gated: bool = False,
-) -> None:
-    """y = x W^T (+ bias) (+ residual); gated: y = silu(x W1^T) * (x W2^T), W = (W1, W2).
+class SkinnyGemm:
+    """The products for one dtype, float16 or bfloat16. `load` gives kernels, as in cuda_ops.
 
-    y: [rows, out]; x: [rows, dim], rows up to MAX_ROWS, and may be further apart; w: [out, dim],
-    gated [2 out, dim], of x's dtype, or int8 with scales, float32, one a row; bias: one a row of w;
-    residual: as y, which it may be. A row's result does not depend on how many there are.
+    A kernel is loaded with its first product, which must not be in a capture; or by load_all.
     """
-    is_int8 = scales is not None
-    kernel = load_skinny_gemm(str(x.dtype) == "torch.bfloat16", x.shape[0], is_gated, is_int8)
-    num_out = w.shape[0] // (2 if is_gated else 1)
-    num_tiles = -(-num_out * (2 if is_gated else 1) // _TILE)
-    weights = [w, scales] if is_int8 else [w]
-    args = [y, x, x.stride(0), *weights, bias, residual, x.shape[0], num_out, x.shape[1]]
-    kernel.launch((num_tiles,), (32 * WARPS,), args)
 
+    def __init__(self, dtype: str, load: Load) -> None:
+        self._is_bf16 = dtype == "bfloat16"
+        self._load = load
+        self._kernels: dict[tuple[int, bool, bool], Launch] = {}
 
-@functools.cache
-def load_skinny_gemm(is_bf16: bool, num_rows: int, is_gated: bool, is_int8: bool) -> Kernel:
-    """The kernel for that many rows; to be called before a capture, like load_kernel."""
-    name = "skinny_gemm_int8" if is_int8 else "skinny_gemm"
-    return load_kernel(f"{name}.cu", f"{name}_kernel", gemm_defines(is_bf16, num_rows, is_gated))
+    def load_all(self, max_rows: int, is_int8: bool) -> None:
+        """Every kernel that products of up to max_rows rows need."""
+        for num_rows in range(1, max_rows + 1, 8):
+            for is_gated in (False, True):
+                self._kernel(num_rows, is_gated, is_int8)
+
+    def __call__(
+        self,
+        y: Tensor,
+        x: Tensor,
+        w: Tensor,
+        scales: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        is_gated: bool = False,
+    ) -> None:
+        """y = x W^T (+ bias) (+ residual); gated: y = silu(x W1^T) * (x W2^T), W = (W1, W2).
+
+        y: [rows, out]; x: [rows, dim], rows up to MAX_ROWS, and may be further apart; w:
+        [out, dim], gated [2 out, dim], of x's dtype, or int8 with scales, float32, one a row; bias:
+        one a row of w; residual: as y, which it may be. A row's result does not depend on how many
+        there are.
+        """
+        is_int8 = scales is not None
+        num_out = w.shape[0] // (2 if is_gated else 1)
+        num_tiles = -(-num_out * (2 if is_gated else 1) // _TILE)
+        weights = [w, scales] if is_int8 else [w]
+        args = [y, x, x.stride(0), *weights, bias, residual, x.shape[0], num_out, x.shape[1]]
+        kernel = self._kernel(x.shape[0], is_gated, is_int8)
+        kernel.launch((num_tiles,), (32 * WARPS,), args)
+
+    def _kernel(self, num_rows: int, is_gated: bool, is_int8: bool) -> Launch:
+        key = (-(-num_rows // 8), is_gated, is_int8)
+        if key not in self._kernels:
+            name = "skinny_gemm_int8" if is_int8 else "skinny_gemm"
+            defines = gemm_defines(self._is_bf16, num_rows, is_gated)
+            self._kernels[key] = self._load(f"{name}.cu", f"{name}_kernel", defines)
+        return self._kernels[key]

@@ -50,7 +50,7 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Read in every step: all matrices."""
-        return sum(linear.weight.nbytes for linear in self.decoder.linears())
+        return sum(linear.num_bytes for linear in self.decoder.linears())
 
     @property
     def vocab(self) -> range:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from kvchat.attention.kernels import check_cuda, load_kernel
 from kvchat.attention.paged_decode import PagedDecode
-from kvchat.attention.skinny_gemm import skinny_gemm
+from kvchat.attention.skinny_gemm import SkinnyGemm
 from kvchat.bench.kernel_cases import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -212,6 +212,7 @@ def _time_products(timer: _Timer, name: str) -> Iterator[KernelTime]:
     w = torch.randn(num_out, dim, device="cuda", dtype=torch.bfloat16)
     codes = torch.randint(-127, 128, w.shape, dtype=torch.int8, device="cuda")
     scales = torch.full((num_out,), 0.01, device="cuda")
+    skinny_gemm = SkinnyGemm("bfloat16", load_kernel)
     for num_rows in PRODUCT_ROWS:
         x = torch.randn(num_rows, dim, device="cuda", dtype=torch.bfloat16)
         y = torch.empty(num_rows, num_out, device="cuda", dtype=torch.bfloat16)
