@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvchat.attention.kernels import Kernel, load_kernel
+from kvchat.attention.cuda_ops import Launch, Load
+from kvchat.attention.kernels import load_kernel
 from kvchat.kv.layout import BlockLayout, Codec, v_group
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ def shared_bytes(layout: BlockLayout, warps: int) -> int:
 
 
 class PagedDecode:
-    """Decode attention for pools of one layout, up to max_rows rows of up to max_len tokens."""
+    """Decode attention for pools of one layout, up to max_rows rows of up to max_len tokens.
+
+    `load` gives the kernels: kernels.load_kernel, or the emulator in tests.
+    """
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class PagedDecode:
         max_len: int,
         device: str,
         tuning: DecodeTuning | None = None,
+        load: Load = load_kernel,
     ) -> None:
         import torch
 
@@ -98,7 +103,8 @@ class PagedDecode:
         self._counters = torch.zeros(
             (max_rows, self.num_tiles), dtype=torch.int32, device=device
         )  # the kernel leaves them at zero
-        self._plan_kernel, self._kernel, self._grid = self._load()
+        self._plan_kernel, self._kernel = self._load(load)
+        self._grid = _num_processors(device) * self.tuning.blocks
 
     def make_plan(self) -> Tensor:
         """Memory for a work list, int32; one for each window that is in use at the same time."""
@@ -159,21 +165,26 @@ class PagedDecode:
             self.layout.side_bytes,
         ]  # fmt: skip
 
-    def _load(self) -> tuple[Kernel, Kernel, int]:
-        """Both kernels, and the grid: as many blocks as the device holds at a time."""
-        import torch
-
+    def _load(self, load: Load) -> tuple[Launch, Launch]:
         defines = decode_defines(self.layout, self.tuning)
-        plan_kernel = load_kernel("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0})
-        kernel = load_kernel(
-            "paged_decode.cu", "paged_decode_kernel", defines, defines["SHARED_BYTES"]
-        )
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return plan_kernel, kernel, processors * self.tuning.blocks
+        plan_kernel = load("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0})
+        shared = defines["SHARED_BYTES"]
+        return plan_kernel, load("paged_decode.cu", "paged_decode_kernel", defines, shared)
+
+
+def _num_processors(device: str) -> int:
+    """Of a GPU; the emulator runs one block after another, and two show what depends on others."""
+    import torch
+
+    if device == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _max_shared(device: str) -> int:
-    """Bytes of shared memory that a block of this device may have."""
+    """Bytes of shared memory that a block of this device may have; the emulator's is sm_90's."""
+    if device == "cpu":
+        return 227 << 10
     import torch
     from cupy.cuda import runtime
 
