@@ -8,7 +8,7 @@ import torch
 
 from kvchat.attention import AttentionBatch
 from kvchat.attention.backends import make_backend
-from kvchat.attention.rope import build_rope
+from kvchat.attention.rope import RopeTable, build_rope
 from kvchat.config import KVSpec, ModelConfig
 from kvchat.kv.cache import KVCache
 from kvchat.kv.codecs import decode, encode
@@ -110,9 +110,20 @@ class World:
         )
         return self.cache.layer(LAYER)[block_id, :, :, offset]
 
+    def move(self, device):
+        """Pool, angles and new tokens to another device."""
+        cache = self.cache
+        cache.blocks, cache.side = cache.blocks.to(device), cache.side.to(device)
+        cache.payload = cache.blocks.view(torch.uint8).flatten(-2)
+        self.rope = RopeTable(self.rope.cos.to(device), self.rope.sin.to(device))
+        self.q, self.k, self.v = self.qkv = [x.to(device) for x in self.qkv]
+
     def run(self, name):
-        """Store and attend with a backend: (result, backend)."""
-        backend = make_backend(name, self.config, self.cache, self.rope)
+        """Store and attend with the backend of that name: (result, backend)."""
+        return self.run_with(make_backend(name, self.config, self.cache, self.rope))
+
+    def run_with(self, backend):
+        """Store and attend: (result, backend)."""
         torch.use_deterministic_algorithms(True)  # torch.empty gives NaN: unwritten results show
         try:
             backend.plan(self.batch)

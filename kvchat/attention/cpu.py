@@ -23,11 +23,11 @@ from kvchat.attention import AttentionBatch
 from kvchat.attention import cpu_jit as jit
 from kvchat.attention import cpu_kernels as kernels
 from kvchat.attention.rope import RopeTable
-from kvchat.attention.slots import plan_positions, plan_slots
+from kvchat.attention.slots import plan_positions, plan_slots, stored_bytes
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
 from kvchat.kv.codecs import rotation_signs, rotation_size
-from kvchat.kv.layout import CODEC_SHIFT, K_GROUP, Codec, v_group
+from kvchat.kv.layout import CODEC_SHIFT, Codec, v_group
 
 _KINDS = {
     torch.float32: jit.FLOAT32,
@@ -69,7 +69,7 @@ class CpuBackend:
     def __init__(self, config: ModelConfig, cache: KVCache, rope: RopeTable) -> None:
         self.bytes_gathered = 0
         self._config = config
-        self._spec = cache.spec
+        self._spec, self._layout = cache.spec, cache.layout
         self._dtype = cache.blocks.dtype
         self._kind = _KINDS[self._dtype]
         self._pool = _as_array(cache.blocks)
@@ -236,29 +236,11 @@ class CpuBackend:
             [num_units * i // num_shares for i in range(num_shares + 1)],
         )  # fmt: skip
         first_key = skipped * spec.block_size
-        self.bytes_gathered += spec.num_kv_heads * self._head_bytes(table, skipped, last_tokens)
+        self.bytes_gathered += spec.num_kv_heads * stored_bytes(
+            self._layout, table, skipped, last_tokens
+        )
         k, v = torch.from_numpy(scratch).flatten(2, 3)
         return first_key, k, v
-
-    def _head_bytes(self, table: jit.Table, skipped: int, last_tokens: int) -> int:
-        """Bytes of one layer and kv head that hold the entries in `table`, scales included.
-
-        The first stands `skipped` entries after its sequence's; the last holds last_tokens.
-        """
-        block_size, dim = self._spec.block_size, self._spec.head_dim
-        codecs = table >> CODEC_SHIFT
-        is_int4 = codecs == Codec.INT4
-        num_native, num_int8, num_int4 = (
-            int((codecs == codec).sum()) * block_size for codec in Codec
-        )
-        if codecs[-1] == Codec.NATIVE:
-            num_native -= block_size - last_tokens
-        size = 2 * num_native * dim * self._pool.itemsize + 2 * num_int8 * (dim + 2)
-        if num_int4:
-            positions = (skipped + np.flatnonzero(is_int4)) * block_size
-            num_groups = np.unique(positions // K_GROUP).size
-            size += num_int4 * (dim + 2 * dim // self._v_group) + num_groups * (3 * dim + 2)
-        return size
 
     def _num_shares(self, work: int) -> int:
         return self._num_threads if work >= _MIN_SHARED_WORK else 1
