@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from kvchat.terminal.show import Show
 
 if TYPE_CHECKING:
     from kvchat.chat.runtime import RunOptions, Runtime
+    from kvchat.engine.profile import Profiler
 
 # Exit codes as a shell counts them: 128 + the signal's number.
 EXIT_INTERNAL = 1
@@ -84,6 +86,11 @@ def cli() -> None:
 @click.option("-b", "--batch", type=click.IntRange(1), default=512, help="Tokens a step.")
 @click.option("-np", "--parallel", type=click.IntRange(1), default=256, help="Chats a step.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Write a trace there; tell at the end where a step's time went.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks and logs.")
 @click.pass_obj
 def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
@@ -93,23 +100,39 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
     On a terminal this is a chat with many sessions. With -p it answers once; else every line of
     stdin is a turn, and stdout gets the replies alone.
     """
-    from kvchat.chat.runtime import open_runtime
-    from kvchat.terminal.pipe import answer_turns, read_turns
+    from kvchat.engine.profile import profiling
 
     options = _run_options(flags)
     is_batch = flags["prompt"] is not None or flags["file"] is not None
     has_screen = sys.stdin.isatty() and sys.stdout.isatty() and _term() != "dumb"
-    has_input = not (is_batch and sys.stdin.isatty())
-    turns = read_turns(flags["prompt"], flags["file"], sys.stdin.buffer if has_input else None)
-    if has_screen and not is_batch:
-        from kvchat.terminal.typeahead import keep_keys
+    with profiling(flags["profile"], show.note) as profiler:
+        if not has_screen or is_batch:
+            _answer(show, options, flags, profiler)
+            return
+        code = _chat(show, options, profiler)
+    os._exit(code)  # whatever long step the engine is in
 
-        with keep_keys(sys.stdin.fileno()):
-            code = _chat(open_runtime(options, show.progress), show.use_color)
-        os._exit(code)  # whatever long step the engine is in
+
+for command in (bench, plan, probe):
+    cli.add_command(command)
+
+
+def _answer(
+    show: Show, options: RunOptions, flags: dict[str, Any], profiler: Profiler | None
+) -> None:
+    """Turns from -p, -f or stdin; replies on stdout."""
+    from kvchat.chat.runtime import open_runtime
+    from kvchat.terminal.pipe import answer_turns, read_turns
+
+    prompt, file = flags["prompt"], flags["file"]
+    has_input = not sys.stdin.isatty() or (prompt is None and file is None)
+    turns = read_turns(prompt, file, sys.stdin.buffer if has_input else None)
     runtime = open_runtime(options, show.progress)
     for warning in runtime.warnings:
         show.note(f"warning: {warning}")
+    if profiler:
+        _watch(profiler, runtime)
+        profiler.time(show, "answer", "drawing")
     try:
         answer_turns(show, runtime.library, turns)
     finally:
@@ -117,15 +140,33 @@ def run(show: Show, **flags: Any) -> None:  # noqa: ANN401
             runtime.close()
 
 
-for command in (bench, plan, probe):
-    cli.add_command(command)
+def _chat(show: Show, options: RunOptions, profiler: Profiler | None) -> int:
+    """The interactive chat; its exit code."""
+    from kvchat.chat.runtime import open_runtime
+    from kvchat.terminal.typeahead import keep_keys
+
+    with keep_keys(sys.stdin.fileno()):
+        runtime = open_runtime(options, show.progress)
+        return _talk(runtime, show.use_color, profiler)
 
 
-def _chat(runtime: Runtime, use_color: bool) -> int:
+def _talk(runtime: Runtime, use_color: bool, profiler: Profiler | None) -> int:
     from kvchat.terminal.repl import Repl
     from kvchat.terminal.screen import Terminal
 
-    return Repl(runtime, Terminal(sys.stdout, lambda: os.get_terminal_size(1), use_color)).run()
+    repl = Repl(runtime, Terminal(sys.stdout, lambda: os.get_terminal_size(1), use_color))
+    if profiler:
+        _watch(profiler, runtime)
+        profiler.time(repl.show, "lines", "drawing")
+        profiler.time(repl.screen.app.renderer, "render", "drawing")
+    return repl.run()
+
+
+def _watch(profiler: Profiler, runtime: Runtime) -> None:
+    """The engine's parts, and what becomes of its events on the way to the terminal."""
+    profiler.watch(runtime.engine)
+    profiler.time(runtime.library, "on_events", "events handed over")
+    profiler.time(runtime.library, "apply", "events to text")
 
 
 def _run_options(flags: dict[str, Any]) -> RunOptions:

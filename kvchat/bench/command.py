@@ -21,26 +21,28 @@ from kvchat.bench.workload import (
     parse_range,
 )
 from kvchat.config import KV_RUNGS
+from kvchat.engine.profile import Watch
 from kvchat.errors import EngineError, UsageError, quoted
 from kvchat.model.source import Progress
 
 _MAX_DEPTH = 1_000_000
 
 
-def answer(flags: dict[str, Any], model: str | None, progress: Progress) -> str:
-    """What the flags ask for, as text. Raises KvchatError."""
+def answer(flags: dict[str, Any], model: str | None, progress: Progress, watch: Watch) -> str:
+    """What the flags ask for, as text; `watch` sees every engine that is timed. Raises
+    KvchatError."""
     options = _options(flags, model)
     if flags["pp"] or flags["tg"]:
-        return _speeds(options, flags, progress)
+        return _speeds(options, flags, progress, watch)
     options = replace(options, workload=replace(options.workload, depth=_one_depth(flags)))
     if flags["sweep"]:
-        return _sweep(options, flags, progress)
+        return _sweep(options, flags, progress, watch)
     limits_ms = _parse_goodput(flags["goodput"])
     if flags["plot"] is not None:
         from kvchat.bench.plot import check_plot
 
         check_plot(flags["plot"])
-    result = run_bench(options, progress)
+    result = run_bench(options, progress, watch)
     if flags["plot"] is not None:
         from kvchat.bench.plot import draw
 
@@ -124,7 +126,7 @@ def _quality(options: BenchOptions, progress: Progress) -> list[str]:
     return report_lines(run_probe(probe, progress))
 
 
-def _speeds(options: BenchOptions, flags: dict[str, Any], progress: Progress) -> str:
+def _speeds(options: BenchOptions, flags: dict[str, Any], progress: Progress, watch: Watch) -> str:
     """llama-bench's rows."""
     tests = speed_tests(
         _numbers(flags["pp"] or "", "-p"),
@@ -135,7 +137,7 @@ def _speeds(options: BenchOptions, flags: dict[str, Any], progress: Progress) ->
         raise UsageError("-p and -n are 0: there is nothing to measure")
     model = load_model(options.model, options.shape, options.dtype, options.block_size, progress)
     rows = run_speeds(
-        model, supported_modes(model, list(options.modes)), tests, options.reps, progress
+        model, supported_modes(model, list(options.modes)), tests, options.reps, progress, watch
     )
     output = flags["output"]
     if output not in ("text", "md"):
@@ -153,7 +155,7 @@ def _speeds(options: BenchOptions, flags: dict[str, Any], progress: Progress) ->
     return "\n".join(_table(speeds_table(model, rows, torch.get_num_threads()), output))
 
 
-def _sweep(options: BenchOptions, flags: dict[str, Any], progress: Progress) -> str:
+def _sweep(options: BenchOptions, flags: dict[str, Any], progress: Progress, watch: Watch) -> str:
     """The benchmark for several numbers of sessions, one row for each and mode."""
     found = re.fullmatch(r"sessions=(.+)", flags["sweep"])
     if not found or options.workload.trace is not None:
@@ -163,7 +165,7 @@ def _sweep(options: BenchOptions, flags: dict[str, Any], progress: Progress) -> 
     records, rows = [], [report.SWEEP_HEADER]
     for number in _numbers(found[1], "--sweep"):
         workload = replace(options.workload, sessions=max(1, number))
-        result = run_bench(replace(options, workload=workload), progress)
+        result = run_bench(replace(options, workload=workload), progress, watch)
         records += report.records(result, _parse_goodput(flags["goodput"]))
         rows += report.sweep_rows(result)
     output = flags["output"]

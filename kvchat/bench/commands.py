@@ -18,6 +18,8 @@ class Show(Protocol):
 
     def answer(self, text: str, is_last: bool = False) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def progress(self, label: str, done: int, total: int) -> None: ...
 
 
@@ -71,12 +73,15 @@ def bench(context: click.Context, **flags: Any) -> None:  # noqa: ANN401
         refuse_before_subcommand(context)
         return
     from kvchat.bench.command import answer
+    from kvchat.engine.profile import profiling, unwatched
 
     model = None if flags["shape"] else flags["model"] or shipped_model()
     if flags["shape"] and flags["model"]:
         raise UsageError(f"a model and a shape: -m {flags['model']} and --shape {flags['shape']}")
     show: Show = context.obj
-    show.answer(answer(flags, model, show.progress) + "\n", is_last=True)
+    with profiling(flags["profile"], show.note) as profiler:
+        text = answer(flags, model, show.progress, profiler.watch if profiler else unwatched)
+        show.answer(text + "\n", is_last=True)
 
 
 @bench.command()

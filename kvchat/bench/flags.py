@@ -49,6 +49,10 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         ("-o", "--output"),
         {"type": click.Choice(["text", "md", "json", "jsonl", "csv"]), "default": "text"},
     ),
+    (
+        ("--profile",),
+        {"type": _PATH, "help": "Write a trace there, tell where a step's time went."},
+    ),
     (("--plot",), {"type": _PATH, "help": "Draw it there: FILE.png or FILE.svg."}),
 )
 

@@ -30,6 +30,7 @@ from kvchat.bench.metrics import RunLog, Speed, measure, median_ratio
 from kvchat.bench.tally import Tally
 from kvchat.bench.trace import TracedChat, Turn
 from kvchat.bench.workload import Script, Workload, make_scripts
+from kvchat.engine.profile import Watch, unwatched
 from kvchat.errors import UsageError
 from kvchat.kv.layout import BlockLayout
 from kvchat.kv.planner import available_memory, parse_size
@@ -99,8 +100,9 @@ class BenchResult:
     total_s: float
 
 
-def run_bench(options: BenchOptions, progress: Progress) -> BenchResult:
-    """Measure. Raises KvchatError for what can be mended."""
+def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatched) -> BenchResult:
+    """Measure; `watch` sees every engine that is timed. Raises KvchatError for what can be
+    mended."""
     started = time.perf_counter()
     model = load_model(options.model, options.shape, options.dtype, options.block_size, progress)
     modes = supported_modes(model, list(options.modes))
@@ -111,7 +113,7 @@ def run_bench(options: BenchOptions, progress: Progress) -> BenchResult:
     arms = [make_arm(model, setup, progress) for setup in setups]
     results = [ModeResult(arm.setup.mode, arm.setup, arm.compile_s) for arm in arms]
     warmup_s = _warm_up(arms, scripts, options.warmup, progress)
-    solos = _measure(model, arms, results, scripts, options, progress)
+    solos = _measure(model, arms, results, scripts, options, progress, watch)
     _summarise(model, results, solos, scripts)
     for i, result in enumerate(results):
         progress("looking for capacity", i, len(results))
@@ -165,6 +167,7 @@ def _measure(
     scripts: list[Script],
     options: BenchOptions,
     progress: Progress,
+    watch: Watch,
 ) -> list[Driver]:
     """Fill the results' logs and counts; returns the drivers of the solo runs."""
     stop_ids = None if options.ignore_eos else frozenset(model.config.eos_token_ids)
@@ -174,6 +177,8 @@ def _measure(
     solos = [Driver(arm.setup, arm.runner, solo_scripts, 1, stop_ids) for arm in others]
     for rep in range(options.reps):
         drivers = [Driver(arm.setup, arm.runner, scripts, None, stop_ids) for arm in arms]
+        for driver in drivers:
+            watch(driver.engine)
         for share in _alternate(drivers, solos, rep, options.reps):
             progress(f"repetition {rep + 1} of {options.reps}", round(1000 * share), 1000)
         for arm, result, driver in zip(arms, results, drivers, strict=True):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kvchat.bench.arms import Arm, Model, make_arm, make_setup
 from kvchat.config import SamplingParams
 from kvchat.engine.engine import Engine
+from kvchat.engine.profile import Watch, unwatched
 from kvchat.engine.request import Event, Request
 from kvchat.errors import EngineError
 from kvchat.kv.planner import format_size
@@ -76,7 +77,12 @@ def speed_tests(prompts: list[int], replies: list[int], depths: list[int]) -> li
 
 
 def run_speeds(
-    model: Model, modes: list[str], tests: list[SpeedTest], reps: int, progress: Progress
+    model: Model,
+    modes: list[str],
+    tests: list[SpeedTest],
+    reps: int,
+    progress: Progress,
+    watch: Watch = unwatched,
 ) -> list[SpeedRow]:
     """Modes alternate within every repetition; one repetition before is not counted."""
     longest = max(test.num_tokens for test in tests)
@@ -86,6 +92,8 @@ def run_speeds(
         for mode in modes
         for size in [2 * num_blocks * model.spec.bytes_per_block]
     ]
+    for bench in benches:
+        watch(bench.engine)
     rows = []
     for i, test in enumerate(tests):
         found = [SpeedRow(bench.arm.setup.mode, test) for bench in benches]
@@ -128,7 +136,7 @@ class _Bench:
         self._vocab = model.vocab
         self._rng = random.Random(0)
         self._events: list[Event] = []
-        self._engine: Engine = arm.setup.start(arm.runner, self._events.extend)[0]
+        self.engine: Engine = arm.setup.start(arm.runner, self._events.extend)[0]
         self._depth_ids: list[int] = []
         self._num_requests = 0
 
@@ -137,7 +145,7 @@ class _Bench:
         self._go_to(test.depth)
         session_id = self._num_requests + 1
         if test.depth:
-            self._engine.fork(_DEPTH_SESSION, session_id, test.depth)
+            self.engine.fork(_DEPTH_SESSION, session_id, test.depth)
         num_new = test.num_prompt or 1
         ids = self._depth_ids + self._ids(num_new)
         if test.num_prompt:
@@ -145,12 +153,12 @@ class _Bench:
         else:
             times = self._reply(session_id, ids, test.num_reply + 1)
             seconds = times[-1] - times[0]
-        self._engine.release(session_id)
+        self.engine.release(session_id)
         return (test.num_prompt or test.num_reply) / seconds
 
     def _go_to(self, depth: int) -> None:
         if len(self._depth_ids) != depth:
-            self._engine.release(_DEPTH_SESSION)
+            self.engine.release(_DEPTH_SESSION)
             self._depth_ids = self._ids(depth)
             self._reply(_DEPTH_SESSION, self._depth_ids, 1)
 
@@ -163,10 +171,10 @@ class _Bench:
         self._num_requests += 1
         self._events.clear()
         started = time.perf_counter()
-        self._engine.submit(Request(self._num_requests, session_id, [*ids], len(ids), sampling))
+        self.engine.submit(Request(self._num_requests, session_id, [*ids], len(ids), sampling))
         times: list[float] = []
         while len(times) < num_tokens:
-            if not self._engine.step() or any(event.error for event in self._events):
+            if not self.engine.step() or any(event.error for event in self._events):
                 raise EngineError("a test's reply ended early; run again with --debug")
             num_come = sum(len(event.token_ids) for event in self._events)
             times += [time.perf_counter() - started] * num_come

@@ -62,13 +62,14 @@ class Library:
         try:
             batch = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
             while True:
-                is_changed |= self._apply(*batch)
+                is_changed |= self.apply(*batch)
                 batch = self._events.get_nowait()
         except Empty:
             self.current.unread = 0
             return is_changed
 
-    def _apply(self, at: float, events: Sequence[Event]) -> bool:
+    def apply(self, at: float, events: Sequence[Event]) -> bool:
+        """Hand every event to its session; whether anything changed. `at`: when they came."""
         by_id = {session.id: session for session in self.sessions}
         applied = [by_id[e.session_id].apply(e, at) for e in events if e.session_id in by_id]
         return any(applied)
