@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvchat.kv.layout import Codec
@@ -13,6 +14,11 @@ class CopyBlock:
 
     src: int
     dst: int
+
+    @property
+    def srcs(self) -> tuple[int, ...]:
+        """All blocks that are read."""
+        return (self.src,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +51,18 @@ class RestoreBlock:
 
 
 BlockOp = CopyBlock | CompressSpan | ParkBlock | RestoreBlock
+
+
+def batches(ops: Sequence[CopyBlock] | Sequence[CompressSpan], is_at_once: bool) -> Iterator[slice]:
+    """Cut operations in a row into batches, each done by one call: none of a batch touches what
+    one before it writes. `is_at_once`: they are done side by side, so none writes what another
+    reads either; else a batch reads all, then writes."""
+    start, read, written = 0, set[int](), set[int]()
+    for idx, op in enumerate(ops):
+        if op.dst in written or (is_at_once and op.dst in read) or not written.isdisjoint(op.srcs):
+            yield slice(start, idx)
+            start, read, written = idx, set(), set()
+        read.update(op.srcs)
+        written.add(op.dst)
+    if start < len(ops):
+        yield slice(start, len(ops))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from kvchat.config import NULL_BLOCK_ID, KVSpec
 from kvchat.errors import CapacityError
-from kvchat.kv import codecs
-from kvchat.kv.block_ops import BlockOp, CompressSpan, CopyBlock, ParkBlock, RestoreBlock
+from kvchat.kv import codecs, host_memory
+from kvchat.kv.block_ops import (
+    BlockOp,
+    CompressSpan,
+    CopyBlock,
+    ParkBlock,
+    RestoreBlock,
+    batches,
+)
 from kvchat.kv.layout import BlockLayout, Codec
+from kvchat.kv.transfers import CudaStreams, DirectStreams, Streams, Transfers
 
 # Float32 K and V encoded at a time: a few times this is the scratch, and it fits a CPU's cache.
 ENCODE_BYTES = 4 * 2**20
@@ -27,14 +38,25 @@ class PoolBytes:
     free: int  # all of the blocks that hold nothing, the null block included
 
 
+class BlockKernels(Protocol):
+    """Copying and compressing over the same tensors, by kernels that the current stream queues."""
+
+    def copy(self, pairs: Tensor) -> None:
+        """pairs: int32 [n, 2] of (source, destination); no destination is in another pair."""
+
+    def compress(self, src: Codec, dst: Codec, jobs: Tensor) -> None:
+        """jobs: int32 [n, 1 + sources] of a destination and its sources in order of position;
+        no destination is in another job."""
+
+
 class KVCache:
     """The tensors for the whole run; their strides are the layout that every backend is told.
 
     blocks: [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim] in spec.dtype.
     payload: the same memory as uint8 [num_blocks, num_layers, 2, num_kv_heads, part_bytes].
     side: scales and zeros, uint8 [num_blocks, num_layers, num_kv_heads, side_bytes].
-    host_payload, host_side: the same of num_host_slots parked blocks, in main memory (pinned where
-    the device is a GPU, so that it copies without the CPU).
+    host_payload, host_side: the same of num_host_slots parked blocks, in main memory (page-locked
+    where the device is a GPU, so that it copies without the CPU). To be read after `synchronize`.
     On a CPU the memory is reserved and not touched, so that memory in use grows with the chats;
     the null block is zero and stays zero.
     """
@@ -46,7 +68,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         lowest: Codec = Codec.NATIVE,
         num_host_slots: int = 0,
+        streams: Streams | None = None,
     ) -> None:
+        """`streams` are the device's own unless given."""
         self.spec = spec
         self.layout = BlockLayout(spec, lowest)
         shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
@@ -62,20 +86,24 @@ class KVCache:
         self.payload = self.blocks.view(torch.uint8).flatten(-2)
         self.payload[NULL_BLOCK_ID].zero_()
         self.side[NULL_BLOCK_ID].zero_()
+        self._kernels: BlockKernels | None = None
         self._reserve_host(num_host_slots)
+        is_gpu = self.blocks.is_cuda
+        streams = streams or (CudaStreams(self.blocks.device) if is_gpu else DirectStreams())
+        tensors = (self.payload, self.side), (self.host_payload, self.host_side)
+        self._transfers = Transfers(streams, *tensors)
+        if is_gpu:
+            address = self.host_payload.data_ptr() if num_host_slots else None
+            weakref.finalize(self, _finish, streams, address).atexit = False
 
     def _reserve_host(self, num_slots: int) -> None:
-        is_pinned = num_slots > 0 and self.blocks.is_cuda
-        shapes = [(num_slots, *x.shape[1:]) for x in (self.payload, self.side)]
-        try:
-            self.host_payload, self.host_side = (
-                torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned) for shape in shapes
-            )
-        except RuntimeError as error:
-            size = num_slots * self.layout.bytes_per_block
-            raise CapacityError(
-                f"{size} bytes of main memory could not be reserved; lower --host-mem"
-            ) from error
+        """Both from one piece of memory."""
+        payload, side = self.payload[0], self.side[0]
+        end = num_slots * payload.nbytes
+        num_bytes = end + num_slots * side.nbytes
+        memory = host_memory.reserve(num_bytes, num_slots > 0 and self.blocks.is_cuda)
+        self.host_payload: Tensor = memory[:end].view(num_slots, *payload.shape)
+        self.host_side: Tensor = memory[end:].view(num_slots, *side.shape)
 
     @property
     def num_blocks(self) -> int:
@@ -108,23 +136,65 @@ class KVCache:
         reserved = sum(num_held.values()) * (total // self.num_blocks)
         return PoolBytes(by_codec, reserved - sum(by_codec.values()), total - reserved)
 
+    def use_kernels(self, kernels: BlockKernels) -> None:
+        """Copy and compress by these from now on, not by torch and the codecs' definition."""
+        self._kernels = kernels
+
     def apply(self, ops: list[BlockOp]) -> None:
-        """Do the block operations, in order: one may read what one before it wrote."""
-        for run in _runs(ops):
-            if isinstance(run, list):
-                self._compress(run)
-            elif isinstance(run, CopyBlock):
-                self.payload[run.dst].copy_(self.payload[run.src])
-                self.side[run.dst].copy_(self.side[run.src])
-            # In the order of the device's stream, which alone looks at the slots.
-            elif isinstance(run, ParkBlock):
-                self.host_payload[run.slot].copy_(self.payload[run.src], non_blocking=True)
-                self.host_side[run.slot].copy_(self.side[run.src], non_blocking=True)
+        """Do the block operations, in order: one may read what one before it wrote.
+
+        On a GPU they are queued. What is launched next may read all blocks, and write those that
+        it has named to `await_copies`.
+        """
+        for kind, group in groupby(ops, type):
+            run = [*group]
+            if kind is CompressSpan:
+                self._compress(cast("list[CompressSpan]", run))
+            elif kind is CopyBlock:
+                self._copy(cast("list[CopyBlock]", run))
+            elif kind is ParkBlock:
+                self._transfers.park(cast("list[ParkBlock]", run))
             else:
-                self.payload[run.dst].copy_(self.host_payload[run.slot], non_blocking=True)
-                self.side[run.dst].copy_(self.host_side[run.slot], non_blocking=True)
+                self._transfers.restore(cast("list[RestoreBlock]", run))
+
+    def await_copies(self, block_ids: Iterable[int]) -> None:
+        """What is launched next may write these blocks: it waits for the parks that read them."""
+        self._transfers.await_copies(block_ids)
+
+    def synchronize(self) -> None:
+        """Wait here until what was parked is in the host's tensors."""
+        self._transfers.synchronize()
+
+    def _copy(self, ops: list[CopyBlock]) -> None:
+        self.await_copies(op.dst for op in ops)
+        if self._kernels is not None:
+            pairs = self._to_device([(op.src, op.dst) for op in ops])
+            for batch in batches(ops, is_at_once=True):
+                self._kernels.copy(pairs[batch])
+            return
+        for op in ops:
+            self.payload[op.dst].copy_(self.payload[op.src])
+            self.side[op.dst].copy_(self.side[op.src])
 
     def _compress(self, ops: list[CompressSpan]) -> None:
+        self.await_copies(op.dst for op in ops)
+        for (src_codec, codec), group in groupby(ops, lambda op: (op.src_codec, op.codec)):
+            run = [*group]
+            if self._kernels is not None:
+                jobs = self._to_device([(op.dst, *op.srcs) for op in run])
+                for batch in batches(run, is_at_once=True):
+                    self._kernels.compress(src_codec, codec, jobs[batch])
+                continue
+            for batch in batches(run, is_at_once=False):
+                self._encode_all(run[batch])
+
+    def _to_device(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """int32 [n, ids of a row], queued: torch keeps page-locked memory until it is copied."""
+        is_gpu = self.blocks.is_cuda
+        ids = torch.tensor(rows, dtype=torch.int32, pin_memory=is_gpu)
+        return ids.to(self.blocks.device, non_blocking=True)
+
+    def _encode_all(self, ops: list[CompressSpan]) -> None:
         """Do ops of one kind in pieces of about ENCODE_BYTES: many spans, or some layers of one."""
         spec, num_tokens = self.spec, self.layout.span_tokens(ops[0].codec)
         layer_bytes = 2 * spec.num_kv_heads * num_tokens * spec.head_dim * 4
@@ -150,32 +220,8 @@ class KVCache:
             self.side[op.dst, layers].copy_(op_side)
 
 
-_Move = CopyBlock | ParkBlock | RestoreBlock
-
-
-def _runs(ops: list[BlockOp]) -> Iterator[_Move | list[CompressSpan]]:
-    """The operations in order; compressions of one kind that follow each other come together
-    unless one reads or writes what another of them wrote.
-    """
-    run: list[CompressSpan] = []
-    written: set[int] = set()
-    for op in ops:
-        if run and not _fits(op, run[0], written):
-            yield run
-            run, written = [], set()
-        if isinstance(op, CompressSpan):
-            run.append(op)
-            written.add(op.dst)
-        else:
-            yield op
-    if run:
-        yield run
-
-
-def _fits(op: BlockOp, first: CompressSpan, written: set[int]) -> bool:
-    """Whether op may be done with compressions like `first` that write these blocks."""
-    return (
-        isinstance(op, CompressSpan)
-        and (op.src_codec, op.codec) == (first.src_codec, first.codec)
-        and written.isdisjoint((op.dst, *op.srcs))
-    )
+def _finish(streams: Streams, locked_address: int | None) -> None:
+    """Before the tensors of a cache on a GPU are given back."""
+    streams.synchronize()
+    if locked_address is not None:
+        host_memory.unlock(locked_address)
