@@ -90,6 +90,8 @@ class KeepingSampler(Sampler):
 class CountingRunner:
     """Computes nothing: the tokens count up. Blocks come and go as with a model."""
 
+    is_async = False
+
     def __init__(self):
         self.last_id = 100
 

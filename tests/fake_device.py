@@ -68,6 +68,8 @@ class FakeStep:
 class FakeDevice:
     """A StepRunner over its own slots; it checks each row against the request's own text."""
 
+    is_async = False
+
     def __init__(self, num_blocks: int, block_size: int, seed: int = 0) -> None:
         self.block_size = block_size
         self.slots = [[UNWRITTEN] * block_size for _ in range(num_blocks)]

@@ -53,6 +53,8 @@ class Memory:
 class WatchedRunner:
     """Looks at every step: what it gathers, and how many bytes a decode reads."""
 
+    is_async = False
+
     def __init__(self, house):
         self.house, self.inner = house, house.engine._runner
         self.max_scratch = self.num_decodes = self.num_bytes_read = 0

@@ -29,6 +29,7 @@ class CountingRunner:
 
     def __init__(self, runner: StepRunner, tally: Tally) -> None:
         self._runner, self.tally = runner, tally
+        self.is_async = runner.is_async
         self.last: Batch | None = None
 
     def launch(self, batch: Batch) -> StepHandle:
@@ -44,6 +45,8 @@ class CountingRunner:
 
 class NoModel:
     """Samples the same token for every row: what scheduler and pool do, without forward passes."""
+
+    is_async = False
 
     class _Step:
         def __init__(self, num_sampled: int) -> None:

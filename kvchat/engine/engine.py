@@ -38,7 +38,13 @@ class StepHandle(Protocol):
 
 
 class StepRunner(Protocol):
-    """What computes a step: engine/runner, or a fake in tests."""
+    """What computes a step: engine/runner, or a fake in tests.
+
+    is_async: launch returns before the step is computed, so the next one is launched before its
+    tokens are read.
+    """
+
+    is_async: bool
 
     def launch(self, batch: Batch) -> StepHandle:
         """Start the step; the batch's block tables are not read after this returns."""
@@ -71,6 +77,7 @@ class Engine:
         self._outbox: deque[Event] = deque()
         self._delivery = threading.RLock()  # one thread delivers at a time, so order is kept
         self._audits: deque[Future[Ledger]] = deque()  # asked for
+        self._unread: deque[tuple[Batch, StepHandle]] = deque()  # launched; two for a moment
         self._worker: threading.Thread | None = None
         self._is_closed = False
 
@@ -87,6 +94,8 @@ class Engine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join()
+        while self._unread:
+            self._read(*self._unread.popleft())
         with self._lock:
             self._outbox += self._scheduler.release_all()
         for audit in self._audits:
@@ -187,18 +196,33 @@ class Engine:
         try:
             with self._lock:
                 batch = self._scheduler.schedule()
-            if batch is None:
+            if batch is not None:
+                self._unread.append((batch, self._runner.launch(batch)))
+        except Exception as error:
+            self._fail(batch, error)
+            batch = None
+        else:
+            if batch is None and not self._unread:
                 return False
-            sampled = self._runner.launch(batch).tokens()
+        if self._unread and (batch is None or len(self._unread) > self._runner.is_async):
+            self._read(*self._unread.popleft())
+        self._deliver()
+        return True
+
+    def _read(self, batch: Batch, handle: StepHandle) -> None:
+        """Wait for a step's tokens and hand them on."""
+        try:
+            sampled = handle.tokens()
             with self._lock:
                 self._outbox += self._scheduler.update(batch, sampled)
         except Exception as error:
-            _logger.exception("a step failed")
-            sentence = f"the step failed ({type(error).__name__}: {quoted(str(error))}); send again"
-            with self._lock:
-                self._outbox += self._scheduler.fail(batch, sentence)
-        self._deliver()
-        return True
+            self._fail(batch, error)
+
+    def _fail(self, batch: Batch | None, error: Exception) -> None:
+        _logger.error("a step failed", exc_info=error)
+        sentence = f"the step failed ({type(error).__name__}: {quoted(str(error))}); send again"
+        with self._lock:
+            self._outbox += self._scheduler.fail(batch, sentence)
 
     def _work(self) -> None:
         while not self._is_closed:

@@ -31,6 +31,8 @@ class Step:
 class Runner:
     """Owns the order of a step: block operations, plan, decoder, sampler. One thread may use it."""
 
+    is_async = False
+
     def __init__(
         self, decoder: Decoder, cache: KVCache, backend: AttentionBackend, sampler: Sampler
     ) -> None:
@@ -52,7 +54,7 @@ class Runner:
         self._cache.apply(batch.block_ops)
         if not batch.rows:
             return Step([])
-        self._backend.plan(_attention_batch(batch.rows))
+        self._backend.plan(attention_batch(batch.rows))
         sampled_rows, last_tokens, input_ids = [], [], []
         for row in batch.rows:
             input_ids += self._known_ids(row.request, row.start, row.start + row.num_tokens)
@@ -108,7 +110,8 @@ class Runner:
         return Draw(request.sampling, token_ids, request.seed, request.branch)
 
 
-def _attention_batch(rows: list[Row]) -> AttentionBatch:
+def attention_batch(rows: list[Row]) -> AttentionBatch:
+    """The rows as a backend sees them."""
     tables = []
     for row in rows:
         assert row.request.seq is not None, f"request {row.request.request_id} holds no blocks"

@@ -59,6 +59,11 @@ class Decoder:
         input_ids: [num_tokens] int64; logit_rows: [n] int64, the rows of input_ids whose next
         token is wanted, or None for all. Returns [n, vocab_size] float32.
         """
+        hidden = self.hidden(input_ids, backend)
+        return self.logits(hidden if logit_rows is None else hidden[logit_rows]).float()
+
+    def hidden(self, input_ids: Tensor, backend: AttentionBackend) -> Tensor:
+        """What the layers make of the tokens: [num_tokens, hidden_size], not normed."""
         ops, eps = self.ops, self.config.norm_eps
         x = F.embedding(input_ids, self.embedding)  # [num_tokens, hidden_size]
         for layer_idx, layer in enumerate(self.layers):
@@ -66,8 +71,11 @@ class Decoder:
             x = ops.add_linear(x, attended, layer.o)
             gated = ops.gated(ops.norm(x, layer.mlp_norm, eps), layer.gate_up)
             x = ops.add_linear(x, gated, layer.down)
-        x = x if logit_rows is None else x[logit_rows]
-        return ops.linear(ops.norm(x, self.norm, eps), self.lm_head).float()
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of rows of `hidden`: [n, hidden_size] -> [n, vocab_size], in the model's dtype."""
+        return self.ops.linear(self.ops.norm(hidden, self.norm, self.config.norm_eps), self.lm_head)
 
     def linears(self) -> Iterator[Linear]:
         """Every matrix that a step reads, once each."""
