@@ -53,7 +53,7 @@ class RestoreBlock:
 BlockOp = CopyBlock | CompressSpan | ParkBlock | RestoreBlock
 
 
-def batches(ops: Sequence[CopyBlock] | Sequence[CompressSpan], is_at_once: bool) -> Iterator[slice]:
+def batches(ops: Sequence[CopyBlock | CompressSpan], is_at_once: bool) -> Iterator[slice]:
     """Cut operations in a row into batches, each done by one call: none of a batch touches what
     one before it writes. `is_at_once`: they are done side by side, so none writes what another
     reads either; else a batch reads all, then writes."""
