@@ -20,6 +20,7 @@ from kvchat.bench.commands import bench, plan, probe, shipped_model
 from kvchat.chat.options import OPTIONS, read_seed, set_sampling
 from kvchat.config import KV_RUNGS, SamplingParams
 from kvchat.errors import KvchatError, UsageError
+from kvchat.model.sizes import WEIGHTS
 from kvchat.terminal.show import Show
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def cli() -> None:
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
 )
+@click.option(
+    "--weights", type=click.Choice(WEIGHTS), default="auto", help="int8: half of 16 bits, on a GPU."
+)
 @click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
 @click.option("--kv-mem", help="Memory of the KV pool: 2GiB or 70%.")
 @click.option(
@@ -83,9 +87,12 @@ def cli() -> None:
 @click.option("--kv-sink", type=click.IntRange(0), default=64, help="First tokens kept native.")
 @click.option("--host-mem", help="Main memory for idle chats of a GPU: 8GiB or 50%.")
 @click.option("--force", is_flag=True, help="Use codecs that have not passed kvchat probe.")
-@click.option("-b", "--batch", type=click.IntRange(1), default=512, help="Tokens a step.")
-@click.option("-np", "--parallel", type=click.IntRange(1), default=256, help="Chats a step.")
+@click.option(
+    "-b", "--batch", type=click.IntRange(1), help="Tokens a step: 512, on a GPU up to 2048."
+)
+@click.option("-np", "--parallel", type=click.IntRange(1), help="Chats a step: up to 256.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--no-graphs", is_flag=True, help="On a GPU: launch every kernel, capture no graphs.")
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),
@@ -175,11 +182,10 @@ def _run_options(flags: dict[str, Any]) -> RunOptions:
 
     if flags["model_arg"] and flags["model"]:
         raise UsageError(f"two models: {flags['model_arg']} and -m {flags['model']}; name one")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags["device"]):
-        raise UsageError(f"--device {flags['device']}: choose auto, cpu, cuda or cuda:N")
     engine = EngineOptions(
         device=flags["device"],
         dtype=flags["dtype"],
+        weights=flags["weights"],
         context=flags["context"],
         kv_mem=flags["kv_mem"],
         kv_cache=flags["kv_cache"],
@@ -191,6 +197,7 @@ def _run_options(flags: dict[str, Any]) -> RunOptions:
         max_num_batched_tokens=flags["batch"],
         max_num_seqs=flags["parallel"],
         threads=flags["threads"],
+        use_graphs=not flags["no_graphs"],
     )
     return RunOptions(
         model=flags["model_arg"] or flags["model"] or shipped_model(),

@@ -8,6 +8,7 @@ from tiny_model import write_tiny_model
 
 from kvchat.config import KVSpec, SamplingParams
 from kvchat.engine.build import EngineOptions, build_engine
+from kvchat.engine.device import Choice
 from kvchat.engine.gate import GateResult, remember
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Request
@@ -169,7 +170,7 @@ def test_parking_in_main_memory_is_refused_where_the_pool_is_there_already(folde
 def test_where_the_device_has_memory_of_its_own_slots_are_reserved_for_idle_chats(
     folder, monkeypatch
 ):
-    monkeypatch.setattr("kvchat.engine.build.choose_device", lambda device, host_mem: "cpu")
+    monkeypatch.setattr("kvchat.engine.build.choose_device", lambda *asked: Choice("cpu"))
 
     engine, facts, _ = build(folder, replace(OPTIONS, host_mem="100KiB"))
 

@@ -142,7 +142,8 @@ def test_every_line_of_stdin_is_a_turn(kvchat, model, tmp_path):
         (("-p", "x", "--temp", "hot"), b"", 2, 'temp cannot be "hot"'),
         (("-p", "x", "--logit-bias", "5"), b"", 2, "--logit-bias 5: expected ID+BIAS"),
         (("-p", "x", "--device", "gpu"), b"", 2, "--device gpu: choose auto, cpu"),
-        (("-p", "x", "--device", "cuda:1"), b"", 2, "no CUDA backend yet"),
+        (("-p", "x", "--device", "cuda:1"), b"", 2, "CUDA_VISIBLE_DEVICES=0 shows 1"),
+        (("-p", "x", "--device", "cpu", "--weights", "int8"), b"", 2, "int8 is for a GPU"),
         (("-p", "x", "-m", "other"), b"", 2, "two models"),
         (("-p", "x", "--chat-format", "nope"), b"", 2, "nope"),
         (("-p", "x", "--think"), b"", 2, "no switch for thinking"),
@@ -153,7 +154,8 @@ def test_every_line_of_stdin_is_a_turn(kvchat, model, tmp_path):
         (("-p", "x", "extra"), b"", 2, "extra"),
     ],
 )
-def test_a_bad_request_is_one_line(kvchat, model, arguments, stdin, code, words):
+def test_a_bad_request_is_one_line(kvchat, model, monkeypatch, arguments, stdin, code, words):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     _refused(kvchat("run", model, *arguments, stdin=stdin), code, words)
 
 

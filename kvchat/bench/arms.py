@@ -9,16 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvchat.attention.backends import make_backend
-from kvchat.attention.rope import build_rope
 from kvchat.bench.shapes import find_shape
 from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
-from kvchat.engine.build import choose_device
+from kvchat.engine.build import make_runner
+from kvchat.engine.device import choose_device, device_memory
 from kvchat.engine.engine import Engine, StepRunner
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Event
 from kvchat.engine.runner import Runner
-from kvchat.engine.sampler import Sampler
 from kvchat.engine.scheduler import Scheduler
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool
@@ -107,7 +105,7 @@ def load_model(
 ) -> Model:
     """The model of this name, or random weights of this shape. Raises KvchatError."""
     started = time.perf_counter()
-    device = choose_device("auto")
+    device = choose_device("auto", dtype).device
     if shape is not None:
         config, fingerprint = find_shape(shape), shape.encode()
         dtype = _shape_dtype(config, dtype, device)
@@ -173,17 +171,15 @@ def supported_modes(model: Model, modes: list[str]) -> list[str]:
 
 def make_arm(model: Model, setup: Setup, progress: Progress) -> Arm:
     """Reserve the pool, and compile what the first step would wait for."""
-    if setup.pool_bytes > available_memory():
+    available = device_memory(model.device)
+    if setup.pool_bytes > available:
         raise CapacityError(
-            f"the KV pool wants {format_size(setup.pool_bytes)} and"
-            f" {format_size(available_memory())} are available; lower --kv-mem or the lengths"
+            f"the KV pool wants {format_size(setup.pool_bytes)} and {format_size(available)} are"
+            " available; lower --kv-mem or the lengths"
         )
     cache = KVCache(model.spec, setup.config.num_blocks, model.device, setup.layout.lowest)
-    rope = build_rope(model.config, setup.config.max_request_tokens, model.device)
-    backend = make_backend(model.device, model.config, cache, rope)
-    runner = Runner(model.decoder, cache, backend, Sampler(frozenset()))
     started = time.perf_counter()
-    runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
+    runner = make_runner(model.decoder, cache, setup.config, "cpu", frozenset(), progress)
     return Arm(setup, cache, runner, time.perf_counter() - started)
 
 

@@ -27,7 +27,7 @@ from kvchat.chat.prompt import encode_piece
 from kvchat.chat.template import ChatFormat, load_chat_format
 from kvchat.chat.tokenizer import Tokenizer, load_tokenizer
 from kvchat.config import KVSpec, ModelConfig
-from kvchat.engine.build import choose_device
+from kvchat.engine.device import choose_device, device_memory
 from kvchat.engine.gate import GateResult, decisive, remember
 from kvchat.errors import CapacityError, UsageError, quoted
 from kvchat.kv.codecs import CODEC_FINGERPRINT
@@ -93,19 +93,20 @@ def run_probe(options: ProbeOptions, progress: Progress) -> ProbeReport:
     config = parse_config(source)
     tokenizer = load_tokenizer(source, config.vocab_size)
     chat_format = load_chat_format(source, tokenizer, None)
-    device = choose_device(options.device)
+    device = choose_device(options.device, options.dtype).device
     dtype = choose_dtype(options.dtype, source, config, device, available_memory())
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
     num_tokens = min(options.num_tokens, config.max_position)
     settings = default_settings(options.sink, options.window)
-    _check_memory(spec, settings, options.num_texts * num_tokens)
+    _check_memory(spec, settings, options.num_texts * num_tokens, device)
     texts = _read_texts(options, tokenizer, chat_format, num_tokens) if options.text else []
     decoder = load_decoder(
         source, config, dtype, device, lambda done, total: progress("loading", done, total)
     )
-    probed = Probed(decoder, spec, build_rope(config, config.max_position, device))
+    backend = "cpu" if device == "cpu" else "reference"
+    probed = Probed(decoder, spec, build_rope(config, config.max_position, device), backend)
     if not texts:
         texts = sample_texts(
             probed,
@@ -139,12 +140,12 @@ def run_probe(options: ProbeOptions, progress: Progress) -> ProbeReport:
     )
 
 
-def _check_memory(spec: KVSpec, settings: list[Setting], num_tokens: int) -> None:
+def _check_memory(spec: KVSpec, settings: list[Setting], num_tokens: int, device: str) -> None:
     """All pools live at the same time."""
     num_blocks = num_tokens // spec.block_size + 1
     layouts = [BlockLayout(spec, setting.lowest) for setting in [Setting(()), *settings]]
     needed = sum(num_blocks * layout.bytes_per_block for layout in layouts)
-    available = available_memory()
+    available = device_memory(device)
     if needed > available // 2:
         fitting = num_tokens * available // 2 // needed
         raise CapacityError(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
+from kvchat.engine.device import choose_device, device_memory, device_name
 from kvchat.engine.engine import Engine
+from kvchat.engine.fit import CPU_STEP, check_fits, free_for_pool, step_sizes
 from kvchat.engine.gate import decisive, recall
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Event
 from kvchat.engine.scheduler import Scheduler
+from kvchat.engine.workspace import StepCaps
 from kvchat.errors import CapacityError, UsageError
 from kvchat.kv.block_pool import BlockPool
 from kvchat.kv.layout import BlockLayout, Codec
@@ -21,9 +24,13 @@ from kvchat.kv.planner import (
     plan_host_slots,
     plan_num_blocks,
 )
+from kvchat.model.sizes import weight_bytes
 from kvchat.model.source import ModelSource, Progress
 
 if TYPE_CHECKING:
+    from kvchat.attention.cuda_ops import Launch
+    from kvchat.engine.runner import Runner
+    from kvchat.kv.cache import KVCache
     from kvchat.model.decoder import Decoder
 
 
@@ -33,7 +40,8 @@ class EngineOptions:
 
     device: str = "auto"
     dtype: str = "auto"
-    backend: str = "cpu"
+    weights: str = "auto"  # or int8, on a GPU
+    backend: str = "cpu"  # of a CPU
     context: int | None = None
     kv_mem: str | None = None
     kv_cache: str | None = None  # a mode of engine/kv_mode, or its default
@@ -42,16 +50,17 @@ class EngineOptions:
     host_mem: str | None = None  # for parked chats, where the device has memory of its own
     force: bool = False  # use codecs that have not passed the probe
     block_size: int = 16
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
     threads: int | None = None
+    use_graphs: bool = True
 
 
 @dataclass(frozen=True)
 class EngineFacts:
     """What was decided, for the banner and the views."""
 
-    device: str
+    device: str  # as a person knows it
     dtype: str
     spec: KVSpec
     scheduler: SchedulerConfig
@@ -77,21 +86,6 @@ class EngineFacts:
     def pool_tokens(self) -> int:
         """Tokens the pool can hold at once."""
         return (self.scheduler.num_blocks - 1) * self.scheduler.block_size
-
-
-def choose_device(device: str, host_mem: str | None = None) -> str:
-    """The device to run on. CUDA has no backend yet: asked for by name it is refused. So is
-    host_mem on a CPU."""
-    if device not in ("auto", "cpu"):
-        raise UsageError(
-            f"--device {device}: this build has no CUDA backend yet; use --device cpu (or auto)"
-        )
-    if host_mem is not None:
-        raise UsageError(
-            "--host-mem parks idle chats of a GPU in main memory; on a CPU the KV pool is there"
-            " already: raise --kv-mem instead"
-        )
-    return "cpu"
 
 
 def _allowed_codec(fingerprint: bytes, options: EngineOptions) -> tuple[Codec, str]:
@@ -120,30 +114,52 @@ def _check_context(source: ModelSource, config: ModelConfig, options: EngineOpti
 
 
 def _load(
-    source: ModelSource, config: ModelConfig, dtype: str, device: str, progress: Progress
-) -> tuple[Decoder, str]:
-    """The weights in memory, and the dtype they are in."""
-    from kvchat.model.weights import choose_dtype, load_decoder
+    source: ModelSource,
+    config: ModelConfig,
+    device: str,
+    spec: KVSpec,
+    weights: str,
+    progress: Progress,
+) -> Decoder:
+    """The weights in memory."""
+    import torch
 
-    dtype = choose_dtype(dtype, source, config, device, available_memory())
+    from kvchat.model.weights import load_decoder
 
     def tell(done: int, total: int) -> None:
         progress("loading", done, total)
 
-    return load_decoder(source, config, dtype, device, tell), dtype
+    try:
+        return load_decoder(source, config, spec.dtype, device, tell, weights)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            "the GPU's memory ran out while the weights were loaded; something else took it"
+            " meanwhile: start again, or use --device cpu"
+        ) from error
 
 
 def _scheduler_config(
-    layout: BlockLayout, kv: KVPolicy, config: ModelConfig, options: EngineOptions
+    layout: BlockLayout,
+    kv: KVPolicy,
+    config: ModelConfig,
+    options: EngineOptions,
+    device: str,
+    sizes: tuple[int, int],
 ) -> SchedulerConfig:
-    """The caps of a step. A context that was asked for is given in full or refused."""
-    num_blocks = plan_num_blocks(layout, options.kv_mem, available_memory())
+    """The caps of a step, and the pool that the memory left by weights and steps allows. A context
+    that was asked for is given in full or refused."""
+    max_len = options.context or config.max_position
+    available = device_memory(device)
+    if device != "cpu":
+        caps = StepCaps(*sizes, max_len)
+        available = free_for_pool(config, layout, kv, caps, options.weights, available)
+    num_blocks = plan_num_blocks(layout, options.kv_mem, available, device)
     made = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=options.block_size,
-        max_model_len=options.context or config.max_position,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_len,
+        max_num_batched_tokens=sizes[0],
+        max_num_seqs=sizes[1],
         kv=kv,
         num_host_slots=plan_host_slots(layout, options.host_mem, available_memory()),
     )
@@ -156,6 +172,81 @@ def _scheduler_config(
             f" lower --ctx-size to {made.max_request_tokens}"
         )
     return made
+
+
+def _step_sizes(
+    layout: BlockLayout, config: ModelConfig, options: EngineOptions, device: str
+) -> tuple[int, int]:
+    """Tokens and chats of a step at most. CapacityError where a GPU cannot hold the model."""
+    asked = options.max_num_batched_tokens, options.max_num_seqs
+    if device == "cpu":
+        return asked[0] or CPU_STEP[0], asked[1] or CPU_STEP[1]
+    free = device_memory(device)
+    beside = free - weight_bytes(config, layout.spec.dtype, options.weights)
+    sizes = step_sizes(config, layout, asked, options.weights, beside)
+    check_fits(config, layout, sizes, options.weights, free, available_memory())
+    return sizes
+
+
+def make_runner(
+    decoder: Decoder,
+    cache: KVCache,
+    config: SchedulerConfig,
+    backend: str,
+    dry_breakers: frozenset[int],
+    progress: Progress,
+    use_graphs: bool = True,
+) -> Runner:
+    """What computes the steps over this pool, on the decoder's device; compiled, and on a GPU
+    captured unless use_graphs is False.
+
+    backend: of attention/backends, on a CPU.
+    """
+    from kvchat.attention.backends import make_backend
+    from kvchat.attention.rope import build_rope
+    from kvchat.engine.runner import Runner
+    from kvchat.engine.sampler import Sampler
+
+    rope = build_rope(decoder.config, config.max_request_tokens, decoder.device)
+    sampler = Sampler(dry_breakers)
+    if decoder.device.type == "cpu":
+        made = make_backend(backend, decoder.config, cache, rope)
+        runner = Runner(decoder, cache, made, sampler)
+        runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
+        return runner
+    from kvchat.attention.cuda import CudaBackend
+    from kvchat.engine.cuda_runner import CudaRunner, buckets
+    from kvchat.model.cuda_ops import CudaOps
+
+    load = _TellingLoad(progress)
+    if not isinstance(decoder.ops, CudaOps):  # else another pool's graphs use what it has reserved
+        decoder.ops = CudaOps(cache.spec.dtype, load)
+        decoder.ops.warm_up(decoder.linears())
+    max_rows = buckets(config.max_num_seqs)[-1]
+    cuda = CudaBackend(decoder.config, cache, rope, max_rows, config.max_request_tokens, load)
+    cache.use_kernels(cuda.block_ops)
+    progress("compiling kernels", 1, 1)
+    runner = CudaRunner(decoder, cache, cuda, sampler, config, use_graphs)
+    runner.warm_up(lambda done, total: progress("capturing graphs", done, total))
+    return runner
+
+
+class _TellingLoad:
+    """kernels.load_kernel, with a bar that moves: the first time on a machine it takes seconds."""
+
+    _NUM_KERNELS = 14  # about so many; the bar ends when all are there
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._num_loaded = 0
+
+    def __call__(self, *args: Any, **more: Any) -> Launch:  # noqa: ANN401
+        from kvchat.attention.kernels import load_kernel
+
+        done = min(self._num_loaded, self._NUM_KERNELS - 1)
+        self._progress("compiling kernels", done, self._NUM_KERNELS)
+        self._num_loaded += 1
+        return load_kernel(*args, **more)
 
 
 def build_engine(
@@ -172,18 +263,16 @@ def build_engine(
     """
     import torch
 
-    from kvchat.attention.backends import make_backend
-    from kvchat.attention.rope import build_rope
-    from kvchat.engine.runner import Runner
-    from kvchat.engine.sampler import Sampler
     from kvchat.kv.cache import KVCache
     from kvchat.kv.codecs import CODEC_FINGERPRINT
+    from kvchat.model.weights import choose_dtype
 
-    device = choose_device(options.device, options.host_mem)
+    choice = choose_device(options.device, options.dtype, options.weights, options.host_mem)
+    device = choice.device
     _check_context(source, config, options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    decoder, dtype = _load(source, config, options.dtype, device, progress)
+    dtype = choose_dtype(options.dtype, source, config, device, available_memory())
     spec = KVSpec(
         config.num_layers, config.num_kv_heads, config.head_dim, options.block_size, dtype
     )
@@ -196,23 +285,22 @@ def build_engine(
         *_allowed_codec(fingerprint, options),
     )
     layout, kv = BlockLayout(spec, kv_mode.lowest), kv_mode.policy
-    scheduler_config = _scheduler_config(layout, kv, config, options)
-    num_blocks = scheduler_config.num_blocks
-    cache = KVCache(spec, num_blocks, device, layout.lowest, scheduler_config.num_host_slots)
-    rope = build_rope(config, scheduler_config.max_request_tokens, device)
-    backend = make_backend(options.backend, config, cache, rope)
-    runner = Runner(decoder, cache, backend, Sampler(dry_breakers))
-    runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
+    sizes = _step_sizes(layout, config, options, device)
+    decoder = _load(source, config, device, spec, options.weights, progress)
+    made = _scheduler_config(layout, kv, config, options, device, sizes)
+    cache = KVCache(spec, made.num_blocks, device, layout.lowest, made.num_host_slots)
+    runner = make_runner(
+        decoder, cache, made, options.backend, dry_breakers, progress, options.use_graphs
+    )
     pool = BlockPool(
-        num_blocks,
+        made.num_blocks,
         options.block_size,
         fingerprint,
         span_blocks=kv.span_blocks,
         num_reserved=kv.num_reserved,
     )
     bytes_used = tuple(layout.bytes_used(Codec(i)) for i in range(layout.lowest + 1))
-    engine = Engine(
-        Scheduler(scheduler_config, pool), runner, listener, layout.bytes_per_block, bytes_used
-    )
-    facts = EngineFacts(device, dtype, spec, scheduler_config, layout.lowest, kv_mode.warnings)
+    engine = Engine(Scheduler(made, pool), runner, listener, layout.bytes_per_block, bytes_used)
+    warnings = (*filter(None, [choice.warning]), *kv_mode.warnings)
+    facts = EngineFacts(device_name(device), dtype, spec, made, layout.lowest, warnings)
     return engine, facts

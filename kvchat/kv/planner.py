@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 from kvchat.errors import CapacityError, UsageError, quoted
-from kvchat.kv.layout import BlockLayout
+from kvchat.kv.layout import BLOCK_ID_BITS, BlockLayout
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _CPU_POOL_LIMIT = 4 * 2**30
 _CPU_POOL_SHARE = 0.40
+_GPU_POOL_SHARE = 0.85  # of what is free beside weights and workspace
 # A pool of fewer blocks could not hold one short chat beside the null block.
-_MIN_BLOCKS = 5
+MIN_BLOCKS = 5
+MAX_BLOCKS = 1 << BLOCK_ID_BITS
 _MAX_BYTES = 2**60
 
 
@@ -72,28 +74,46 @@ def resident_memory(root: Path = Path("/")) -> int | None:
     return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def plan_num_blocks(layout: BlockLayout, kv_mem: str | None, available: int) -> int:
+def plan_num_blocks(
+    layout: BlockLayout, kv_mem: str | None, available: int, device: str = "cpu"
+) -> int:
     """Blocks of the pool, the null block included, their side pieces counted.
 
-    `kv_mem` is the user's size or share; None means the smaller of 4 GiB and 40 % of what is
-    available. Raises CapacityError when that is more than there is, or too little for one chat.
+    `kv_mem` is the user's size or share of what is available; None means 85 % of it on a GPU,
+    where nobody else needs it, else the smaller of 4 GiB and 40 %. Raises CapacityError when that
+    is more than there is, or than blocks have numbers, or too little for one chat.
     """
-    wanted = min(_CPU_POOL_LIMIT, int(available * _CPU_POOL_SHARE))
+    block = layout.bytes_per_block
+    wanted = default_pool(available, device)
     if kv_mem is not None:
         wanted = parse_size(kv_mem, available)
+    else:
+        wanted = min(wanted, MAX_BLOCKS * block)
     if wanted > available:
         raise CapacityError(
             f"the KV pool wants {format_size(wanted)} but {format_size(available)} are available; "
             f"lower --kv-mem"
         )
-    num_blocks = wanted // layout.bytes_per_block
-    if num_blocks < _MIN_BLOCKS:
-        least = format_size(_MIN_BLOCKS * layout.bytes_per_block)
+    num_blocks = wanted // block
+    if num_blocks < MIN_BLOCKS:
+        least = format_size(MIN_BLOCKS * block)
         raise CapacityError(
             f"a KV pool of {format_size(wanted)} holds {num_blocks} blocks of "
-            f"{format_size(layout.bytes_per_block)}; raise --kv-mem to at least {least}"
+            f"{format_size(block)}; raise --kv-mem to at least {least}"
+        )
+    if num_blocks > MAX_BLOCKS:
+        raise CapacityError(
+            f"a KV pool of {format_size(wanted)} has {num_blocks:,} blocks of {format_size(block)},"
+            f" and {MAX_BLOCKS:,} can be told apart; lower --kv-mem to {MAX_BLOCKS * block}"
         )
     return num_blocks
+
+
+def default_pool(available: int, device: str) -> int:
+    """Bytes of the pool where nobody chose."""
+    if device != "cpu":
+        return int(available * _GPU_POOL_SHARE)
+    return min(_CPU_POOL_LIMIT, int(available * _CPU_POOL_SHARE))
 
 
 def plan_host_slots(layout: BlockLayout, host_mem: str | None, available: int) -> int:

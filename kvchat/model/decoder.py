@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from kvchat.model.families import has_bias, layer_name
 from kvchat.model.linear import Linear
 from kvchat.model.ops import DecoderOps, TorchOps
 
-# fetch(name, ...) -> the named tensors stacked along their first dimension, final dtype and device
-Fetch = Callable[..., Tensor]
+# fetch(name, ...) -> the named tensors stacked along their first dimension, final dtype and device:
+# a Tensor, or of a matrix a Quantised
+Fetch = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,10 @@ class Decoder:
         self.config = config
         self.ops: DecoderOps = TorchOps()
         self.layers = [_build_layer(config, idx, fetch) for idx in range(config.num_layers)]
-        self.norm = fetch("model.norm.weight")
-        self.embedding = fetch("model.embed_tokens.weight")  # [vocab_size, hidden_size]
+        self.norm: Tensor = fetch("model.norm.weight")
+        self.embedding: Tensor = fetch("model.embed_tokens.weight")  # [vocab_size, hidden_size]
         is_tied = config.tie_word_embeddings
-        self.lm_head = Linear(self.embedding if is_tied else fetch("lm_head.weight"))
+        self.lm_head = Linear.of(self.embedding if is_tied else fetch("lm_head.weight"))
 
     @property
     def device(self) -> torch.device:
@@ -100,13 +102,14 @@ class Decoder:
 
 def _build_layer(config: ModelConfig, layer_idx: int, fetch: Fetch) -> Layer:
     def weight(part: str) -> Tensor:
-        return fetch(layer_name(layer_idx, part, "weight"))
+        norm: Tensor = fetch(layer_name(layer_idx, part, "weight"))
+        return norm
 
     def linear(*parts: str) -> Linear:
         names = [layer_name(layer_idx, part, "weight") for part in parts]
         if not has_bias(config, parts[0]):
-            return Linear(fetch(*names))
-        return Linear(
+            return Linear.of(fetch(*names))
+        return Linear.of(
             fetch(*names), fetch(*(layer_name(layer_idx, part, "bias") for part in parts))
         )
 

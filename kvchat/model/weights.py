@@ -16,7 +16,11 @@ from kvchat.kv.planner import format_size
 from kvchat.model.decoder import Decoder
 from kvchat.model.families import EMBEDDING, LM_HEAD, auto_dtype, check_tensors
 from kvchat.model.header import TensorInfo
+from kvchat.model.linear import Quantised
+from kvchat.model.sizes import is_quantised
 from kvchat.model.source import ModelSource
+
+_PIECE_VALUES = 2**24  # of a matrix that is made int8, at a time
 
 
 def choose_dtype(
@@ -24,7 +28,8 @@ def choose_dtype(
 ) -> str:
     """The dtype to compute in: `asked`, or for "auto" what families.auto_dtype says.
 
-    Raises CapacityError when the weights alone are more than what is available.
+    Raises CapacityError when the weights alone are more than what is available on a CPU; whether a
+    GPU has room for all that a run needs, engine/fit says.
     """
     if asked not in ("auto", *DTYPE_BYTES):
         raise UsageError(f"--dtype {quoted(asked)}: use auto, {', '.join(DTYPE_BYTES)}")
@@ -33,7 +38,7 @@ def choose_dtype(
     if asked == "auto":
         dtype = auto_dtype(num_values, config.checkpoint_dtype, device, available)
     needed = num_values * DTYPE_BYTES[dtype]
-    if needed > available:
+    if device == "cpu" and needed > available:
         way_out = "--dtype bfloat16 or a smaller model" if dtype == "float32" else "a smaller model"
         raise CapacityError(
             f"the weights need {format_size(needed)} as {dtype}, {format_size(available)} are "
@@ -48,8 +53,10 @@ def load_decoder(
     dtype: str,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    weights: str = "auto",
 ) -> Decoder:
-    """The decoder with its weights in `dtype` on `device`.
+    """The decoder with its weights in `dtype` on `device`, or with weights "int8" its matrices as
+    int8 (model/sizes says which), made so piece by piece on the device.
 
     `progress` gets (bytes read, bytes in all). Raises ModelError for weights that do not fit the
     config or are not finite. What needs no conversion and no fusing stays mapped on a CPU, so its
@@ -58,7 +65,10 @@ def load_decoder(
     tensors = check_tensors(source, config)
     try:
         files = {path: safe_open(path, framework="pt") for path in source.weight_files}
-        loader = _Loader(tensors, files, getattr(torch, dtype), torch.device(device), progress)
+        is_int8 = weights == "int8"
+        loader = _Loader(
+            tensors, files, getattr(torch, dtype), torch.device(device), progress, is_int8
+        )
         return Decoder(loader.untied(config), loader.fetch)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"model refused: {quoted(str(error), 200)}") from None
@@ -74,12 +84,14 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[int, int], None],
+        is_int8: bool,
     ) -> None:
         self._tensors = tensors
         self._files = files
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._is_int8 = is_int8
         self._total = sum(info.num_bytes for info in tensors.values())
         self._done = 0
 
@@ -92,10 +104,18 @@ class _Loader:
         self._total -= is_same * self._tensors[LM_HEAD].num_bytes  # it is not fetched
         return replace(config, tie_word_embeddings=is_same)
 
-    def fetch(self, *names: str) -> Tensor:
-        """The named tensors stacked along their first dimension, in the loader's dtype."""
+    def fetch(self, *names: str) -> Tensor | Quantised:
+        """The named tensors stacked along their first dimension, in the loader's dtype; matrices
+        as int8 if it was told so."""
+        is_int8 = self._is_int8 and is_quantised(names[0])
         names = tuple(map(self._stored_name, names))
         parts = [self._mapped(name) for name in names]
+        fetched = self._quantised(names, parts) if is_int8 else self._stacked(names, parts)
+        self._done += sum(part.nbytes for part in parts)
+        self._progress(self._done, self._total)
+        return fetched
+
+    def _stacked(self, names: tuple[str, ...], parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:
             stacked = parts[0].to(self._device, self._dtype)  # still the mapping if nothing changes
         else:
@@ -105,9 +125,20 @@ class _Loader:
             if len(parts) > 1:
                 rows.copy_(part)
             _check_finite(rows, name)
-        self._done += sum(part.nbytes for part in parts)
-        self._progress(self._done, self._total)
         return stacked
+
+    def _quantised(self, names: tuple[str, ...], parts: list[Tensor]) -> Quantised:
+        """As int8, from what is stored: a piece of it at a time is on the device as float32."""
+        num_in = parts[0].shape[1]
+        made = Quantised.empty(sum(map(len, parts)), num_in, self._device)
+        first = 0
+        for name, part in zip(names, parts, strict=True):
+            for piece in part.split(max(1, _PIECE_VALUES // num_in)):
+                wide = piece.to(self._device).float()
+                _check_finite(wide, name)
+                made.put(first, wide)
+                first += len(piece)
+        return made
 
     def _stored_name(self, name: str) -> str:
         """Of tied embeddings a checkpoint may have only the other end."""
