@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from emulator import load_emulated
 
-from kvchat.model.cuda_ops import MAX_SKINNY_ROWS, CudaOps
-from kvchat.model.linear import Linear
+from kvchat.model import cuda_ops
+from kvchat.model.cuda_ops import MAX_INT8_ROWS, MAX_SKINNY_ROWS, CudaOps
+from kvchat.model.linear import Linear, quantise
 
 EPS = 1e-5
 
@@ -22,7 +23,10 @@ def wide_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     bias = None if linear.bias is None else linear.bias.double()
-    return F.linear(x.double(), linear.weight.double(), bias)
+    weight = linear.weight.double()
+    if linear.scales is not None:
+        weight = weight * linear.scales[:, None].double()
+    return F.linear(x.double(), weight, bias)
 
 
 def assert_close(y: torch.Tensor, right: torch.Tensor):
@@ -67,3 +71,45 @@ def test_gated(ops, num_rows, num_out):
 
     assert_close(ops.gated(x, gate_up), F.silu(gate) * up)
     assert gate_up.num_reads == 1
+
+
+@pytest.mark.parametrize("num_rows", [1, MAX_INT8_ROWS, MAX_INT8_ROWS + 1])
+@pytest.mark.parametrize("dim", [128, 192])  # 192 is no whole number of the kernel's steps
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_with_int8_weights(monkeypatch, num_rows, dim, has_bias):
+    monkeypatch.setattr(cuda_ops, "DEQUANTISED_VALUES", 20 * dim)  # pieces of 20, 20 and 8 rows
+    ops = CudaOps("bfloat16", load_emulated)
+    x, residual = random(num_rows, dim), random(num_rows, 48)
+    weight = quantise(random(48, dim) * dim**-0.5)
+    linear = Linear.of(weight, random(48) if has_bias else None)
+    right = product(x, linear)
+
+    assert_close(ops.linear(x, linear), right)
+    total = right + residual.double()
+    assert_close(ops.add_linear(residual, x, linear), total)
+    assert linear.num_reads == 2
+    is_by_kernel = num_rows <= MAX_INT8_ROWS and dim == 128
+    assert (ops._wide is None) == is_by_kernel
+    assert is_by_kernel or ops._wide.numel() == 20 * dim
+
+
+@pytest.mark.parametrize("num_rows", [2, MAX_INT8_ROWS + 1])
+@pytest.mark.parametrize("num_out", [24, 20])
+def test_gated_with_int8_weights(ops, num_rows, num_out):
+    x, gate_up = random(num_rows, 128), Linear.of(quantise(random(2 * num_out, 128) * 128**-0.5))
+    gate, up = product(x, gate_up).chunk(2, -1)
+
+    assert_close(ops.gated(x, gate_up), F.silu(gate) * up)
+    assert gate_up.num_reads == 1
+
+
+def test_warm_up_reserves_what_a_captured_step_may_not():
+    ops = CudaOps("bfloat16", load_emulated)
+    wide, narrow = (Linear.of(quantise(random(48, dim))) for dim in (256, 128))
+
+    ops.warm_up([narrow, wide, Linear(random(48, 512))])
+
+    reserved = ops._wide
+    assert reserved.numel() == 48 * 256
+    ops.linear(random(MAX_INT8_ROWS + 1, 128), narrow)
+    assert ops._wide is reserved

@@ -215,7 +215,8 @@ def make_runner(
         runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
         return runner
     from kvchat.attention.cuda import CudaBackend
-    from kvchat.engine.cuda_runner import CudaRunner, buckets
+    from kvchat.engine.cuda_runner import CudaRunner
+    from kvchat.engine.decode_graphs import buckets
     from kvchat.model.cuda_ops import CudaOps
 
     load = _TellingLoad(progress)
