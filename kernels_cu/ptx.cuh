@@ -7,7 +7,7 @@
 //   1: bfloat16_t), HEAD_DIM, BLOCK_SIZE, ... each kernel file names those it needs at its top.
 //   Sizes and strides that may differ from call to call are arguments: int, or long long for
 //   offsets into the pool; float. No other scalar types. Pointers: scalar_t, half_t, unsigned char,
-//   int, long long, unsigned int, float, with const for what is only read.
+//   int, long long, unsigned int, float, double, with const for what is only read.
 //     extern "C" __global__ void __launch_bounds__(128) name_kernel(scalar_t* __restrict__ out,
 //   A tensor argument `x` may be strided in its first dimension only when the kernel has an
 //   argument `x_stride` (long long, elements); otherwise it must be contiguous.
@@ -118,6 +118,18 @@ __device__ __forceinline__ void fence_device() {
     __threadfence();
 #else
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
+// The sum over the warp's lanes, in all of them.
+__device__ __forceinline__ u32 warp_sum(u32 x) {
+#if defined(KVCHAT_EMULATOR) || __CUDA_ARCH__ < 800
+    for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    return x;
+#else
+    u32 sum;
+    asm volatile("redux.sync.add.u32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(x));
+    return sum;
 #endif
 }
 

@@ -9,6 +9,7 @@ _SKINNY = {"WARPS": 8, "DEPTH": 4, "TOKEN_TILES": 1, "MIN_BLOCKS": 1, "GATED": 0
 _BUILDS = {
     "copy_blocks.cu": [{}],
     "plan_decode.cu": [{}],
+    "top_k.cu": [{"MERGE_ITEMS": 8, **scalar} for scalar in _SCALARS],
     "rms_norm.cu": _SCALARS,
     "silu_mul.cu": _SCALARS,
     # 5 s a piece, so one shape here; its own tests compile others

@@ -28,6 +28,7 @@ _POINTER_DTYPES = {
     "half_t": "float16",
     "bfloat16_t": "bfloat16",
     "float": "float32",
+    "double": "float64",
     "unsigned char": "uint8",
     "u8": "uint8",
     "signed char": "int8",

@@ -1,4 +1,4 @@
-"""What decode attention and the products of decoding cost on this GPU, beside others' kernels.
+"""What decode attention, products and draws of decoding cost on this GPU, beside others' kernels.
 
 Each time is the median of launches between two events, the caches filled with other data before
 each, as a model's weights fill them: what counts is the memory's speed, so that is measured too.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from kvchat.attention.kernels import check_cuda, load_kernel
 from kvchat.attention.paged_decode import PagedDecode
 from kvchat.attention.skinny_gemm import SkinnyGemm
+from kvchat.attention.top_k import NUM_DRAW_FIELDS, TOP, TopK
 from kvchat.bench.kernel_cases import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -54,6 +55,8 @@ PRODUCTS = {
     "lm_head": (128256, 4096),
 }
 PRODUCT_ROWS = (1, 8, 16)
+VOCAB_SIZE, LOGITS_ROWS = 128256, (1, 8, 64)
+_DRAW_RULES = (0.8, 40, 0.95, 0.05, 0.5)  # temperature, top_k, top_p, min_p, uniform
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _READ_BYTES = 1 << 30
 _READ_GRIDS = (1056, 2112, 8192, 33792)
@@ -91,7 +94,7 @@ def run_kernel_bench(progress: Callable[[str, int, int], None]) -> KernelReport:
     timer = _Timer()
     read_tb_per_s, empty_us = _measure_reads(timer)
     times: list[KernelTime] = []
-    num_parts = len(DECODE_SHAPES) + len(PRODUCTS)
+    num_parts = len(DECODE_SHAPES) + len(PRODUCTS) + len(LOGITS_ROWS)
     for done, shape in enumerate(DECODE_SHAPES):
         progress(shape.label, done, num_parts)
         times.append(_time_decode(timer, shape))
@@ -99,6 +102,9 @@ def run_kernel_bench(progress: Callable[[str, int, int], None]) -> KernelReport:
     for done, name in enumerate(PRODUCTS, len(DECODE_SHAPES)):
         progress(name, done, num_parts)
         times += _time_products(timer, name)
+    for done, num_rows in enumerate(LOGITS_ROWS, num_parts - len(LOGITS_ROWS)):
+        progress(f"{num_rows} rows of logits", done, num_parts)
+        times += _time_draws(timer, num_rows)
     progress("", num_parts, num_parts)
     device = torch.cuda.get_device_name()
     return KernelReport(device, read_tb_per_s, empty_us, times)
@@ -222,3 +228,19 @@ def _time_products(timer: _Timer, name: str) -> Iterator[KernelTime]:
         yield KernelTime("skinny_gemm", label, us, w.nbytes, others)
         us = timer.us(partial(skinny_gemm, y, x, codes, scales))
         yield KernelTime("skinny_gemm int8", label, us, codes.nbytes)
+
+
+def _time_draws(timer: _Timer, num_rows: int) -> Iterator[KernelTime]:
+    """A token a row from logits: by sampling rules, and the largest; torch's halves of the work."""
+    label = f"{num_rows} x {VOCAB_SIZE}"
+    kernels = TopK(VOCAB_SIZE, "bfloat16", num_rows, load_kernel)
+    logits = 3 * torch.randn(num_rows, VOCAB_SIZE, device="cuda").bfloat16()
+    tokens = torch.empty(num_rows, dtype=torch.int64, device="cuda")
+    rules = torch.tensor(_DRAW_RULES, dtype=torch.float64, device="cuda")
+    params = rules.expand(num_rows, NUM_DRAW_FIELDS).contiguous()
+    others = {"torch.topk": timer.us(partial(torch.topk, logits, TOP))}
+    us = timer.us(partial(kernels.draw, tokens, logits, params))
+    yield KernelTime("top_k and draw", label, us, logits.nbytes, others)
+    others = {"torch.argmax": timer.us(partial(torch.argmax, logits, 1))}
+    us = timer.us(partial(kernels.largest, tokens, logits))
+    yield KernelTime("largest", label, us, logits.nbytes, others)

@@ -20,6 +20,7 @@ generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ _MAX_DRY_MATCH = 64
 _MASK = (1 << 64) - 1
 _PHILOX_MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _PHILOX_WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+_MIN_IN_ARRAYS = 48  # numbers from which arrays are faster than one after another
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -107,6 +109,35 @@ def uniform(seed: int, branch: int, position: int) -> float:
         b, d = product_1 & _MASK, product_0 & _MASK
         key_0, key_1 = (key_0 + _PHILOX_WEYL[0]) & _MASK, (key_1 + _PHILOX_WEYL[1]) & _MASK
     return (a >> 11) * 2.0**-53
+
+
+def uniforms(keys: Sequence[tuple[int, int, int]]) -> Floats:
+    """uniform(*key) of each (seed, branch, position); of many at once, in arrays."""
+    if len(keys) < _MIN_IN_ARRAYS:
+        return np.array([uniform(*key) for key in keys])
+    columns = zip(*keys, strict=True)
+    seed, branch, position = (np.array([x & _MASK for x in c], np.uint64) for c in columns)
+    words, key = np.stack([position, np.zeros_like(position)]), np.stack([seed, branch])
+    other_words = np.zeros_like(words)
+    weyl = np.array(_PHILOX_WEYL, np.uint64)[:, None]
+    for _ in range(10):
+        high, low = _multiply(words)
+        words, other_words = high[::-1] ^ other_words ^ key, low[::-1]
+        key = key + weyl
+    unit: Floats = (words[0] >> np.uint64(11)) * 2.0**-53
+    return unit
+
+
+def _multiply(words: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The high and low 64 bits of the products with Philox's multipliers; words: [2, n]."""
+    half, low_half = np.uint64(32), np.uint64(0xFFFFFFFF)
+    factors = np.array(_PHILOX_MULTIPLIERS, np.uint64)[:, None]
+    low, high, factor_low, factor_high = (
+        words & low_half, words >> half, factors & low_half, factors >> half,
+    )  # fmt: skip
+    middle = high * factor_low + (low * factor_low >> half)
+    other_middle = low * factor_high + (middle & low_half)
+    return high * factor_high + (middle >> half) + (other_middle >> half), words * factors
 
 
 def _top_k(draw: Draw, vocab_size: int) -> int:
