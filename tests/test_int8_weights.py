@@ -1,15 +1,27 @@
 """Matrices as int8: what becomes int8, how large the error is, and what it costs a model."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from dense_backend import DenseBackend
 from test_loading import change_config, change_weights, load
 from tiny_model import write_tiny_model
 
+from kvchat.attention import AttentionBatch
 from kvchat.errors import ModelError
 from kvchat.model.families import parse_config
+from kvchat.model.linear import Quantised
 from kvchat.model.sizes import weight_bytes
 from kvchat.model.source import resolve
 from kvchat.model.weights import load_decoder
+
+ROOT = Path(__file__).parent.parent
+SPROUT = ROOT / "models" / "sprout"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from demo_model import corpus, generator, talk, tokens  # noqa: E402
 
 
 @pytest.fixture
@@ -78,3 +90,51 @@ def test_int8_weights_that_are_not_finite_are_refused(model):
 
     with pytest.raises(ModelError, match=r"v_proj\.weight\": 1 non-finite"):
         load_decoder(source, parse_config(source), "float16", weights="int8")
+
+
+# --- what it costs
+
+
+def held_out_text(num_tokens: int, seed: int) -> list[int]:
+    """Chats as the shipped model was made for, written by the generator of its training text from
+    a seed that no training had."""
+    encoder = tokens.Encoder(SPROUT / "tokenizer.model")
+    turns = tuple(talk.Turn(role, "Nice to meet you.") for role in ("user", "assistant") * 4)
+    kinds = ("persona", "booking", "pair", "program")
+    real = corpus.encode_dialogues(iter([corpus.Dialogue(kind, turns) for kind in kinds]), encoder)
+    row = tokens.Row(encoder)
+    generator.Generator(encoder, real, generator.Mix(), seed).conversation(row, num_tokens)
+    return row.ids[:num_tokens]
+
+
+def log_probs(decoder, token_ids) -> torch.Tensor:
+    backend = DenseBackend(decoder.config, len(token_ids))
+    backend.plan(AttentionBatch([len(token_ids)], [len(token_ids)], [[1]]))
+    return decoder(torch.tensor(token_ids), backend).log_softmax(-1)
+
+
+def widened(decoder):
+    """The same model, its int8 matrices as the float32 values that they stand for."""
+    for linear in decoder.linears():
+        if linear.scales is not None:
+            linear.weight = Quantised(linear.weight, linear.scales).wide(torch.float32)
+            linear.scales = None
+    return decoder
+
+
+def test_the_shipped_model_stays_what_it_is():
+    source = resolve(str(SPROUT))
+    config = parse_config(source)
+    native = load_decoder(source, config, "float32")
+    int8 = widened(load_decoder(source, config, "float32", weights="int8"))
+    kls, agreements = [], []
+    for seed in (90_001, 90_002):
+        text = held_out_text(1024, seed)
+        right, found = log_probs(native, text), log_probs(int8, text)
+        kls.append((right.exp() * (right - found)).sum(-1))
+        agreements.append(right.argmax(-1) == found.argmax(-1))
+    kl, agreement = torch.cat(kls), torch.cat(agreements).float().mean().item()
+
+    print(f"KL mean {kl.mean():.5f}, p99 {kl.quantile(0.99):.5f}, top-1 {agreement:.4f}")
+    assert 0 < kl.mean() < 0.0005 and kl.quantile(0.99) < 0.01
+    assert agreement > 0.99
