@@ -109,18 +109,28 @@ def test_of_equals_at_the_kth_place_the_lowest_ids_stay(load):
         assert drawn == draw_on_host(only_first_of_equals(logits, requests), requests)
 
 
-def test_probabilities_too_small_to_be_told_apart_count_by_id(load):
-    logits = torch.full((40, 50), 0.0)
-    logits[:, :20] = torch.linspace(-800, -900, 20)  # of probability 0, the larger logits first
-    logits[:, 20] = 5.0
-    requests = [
-        make_request(SamplingParams(1.0, top_k=50, top_p=1 - 1e-17 * idx, min_p=0.0), idx, 3)
-        for idx in range(40)
+@pytest.mark.parametrize("likeliest", [1.0, 0.0])
+def test_logits_too_close_for_their_probabilities_to_differ_count_by_id(load, likeliest):
+    logits = (torch.arange(50.0) * 1e-20).repeat(40, 1)
+    logits[:, 30] = likeliest
+    rules = [
+        SamplingParams(temperature=1.0, top_k=50, top_p=(idx + 0.5) / 40, min_p=min_p)
+        for idx, min_p in enumerate([0.0, 0.5, 1.0, 0.0] * 10)
     ]
+    requests = [make_request(sampling, idx, 3) for idx, sampling in enumerate(rules)]
 
     drawn = draw_on_device(make_sampler(load, 50, 40), logits, requests)
 
     assert drawn == draw_on_host(logits, requests)
+
+
+def test_points_at_the_limits_of_candidates(load):
+    logits = torch.full((5, 20), -9.0)
+    logits[:, 3], logits[:, 7] = 2.0, 2.0
+    uniforms_by_row = [0.0, 0.5 - 2**-54, 0.5, 1 - 2**-53, 1.0]
+    params = torch.tensor([[0.5, 20, 0.999, 0.1, u] for u in uniforms_by_row], dtype=torch.float64)
+
+    assert make_sampler(load, 20, 5).draw(logits, params).tolist() == [3, 3, 7, 7, 7]
 
 
 def test_one_candidate(load):
