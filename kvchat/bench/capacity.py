@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvchat.config import KV_RUNGS, KVPolicy, KVSpec, SamplingParams, SchedulerConfig
 from kvchat.engine.kv_mode import choose_kv_mode
@@ -22,19 +23,31 @@ MODES = ("native", "auto", "auto4")
 NUM_CHATS = 8
 CHAT_TOKENS = (2048, 8192, 32_768)  # of each of the eight when a native pool is full
 TURNS_PER_CHAT = 16  # in a chat of so many tokens
+PLOTTED_TOKENS = 8192  # the chats that --plot draws
 REPLY_SHARE = 8  # one token in so many is sampled, the others are prompt: the same memory, sooner
-SPEC = KVSpec(num_layers=1, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+# llama3-8b's
+SPEC = KVSpec(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+
+
+class Held(NamedTuple):
+    """What all chats hold after a turn: tokens, and bytes reserved for them."""
+
+    num_tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a pool held. `num_tokens` are of all chats when the first of them had to give way."""
+    """What a pool held. `num_tokens` are of all chats when the first of them had to give way,
+    `held` is after each turn before that. `pool_bytes` are those that every mode may use."""
 
     mode: str
     chat_tokens: int
     num_blocks: int
     num_turns: int
     num_tokens: int
+    pool_bytes: int = 0
+    held: tuple[Held, ...] = ()
 
 
 def run_capacity_bench(chat_tokens: Sequence[int] = CHAT_TOKENS) -> list[Capacity]:
@@ -49,19 +62,23 @@ def measure_capacity(
     kv_mode = choose_kv_mode(mode, 128, 64, spec, Codec.INT4)
     num_native_blocks = NUM_CHATS * chat_tokens // spec.block_size + 1
     num_bytes = num_native_blocks * spec.bytes_per_block
-    num_blocks = num_bytes // BlockLayout(spec, kv_mode.lowest).bytes_per_block
+    bytes_per_block = BlockLayout(spec, kv_mode.lowest).bytes_per_block
+    num_blocks = num_bytes // bytes_per_block
     scheduler = _scheduler(num_blocks, spec.block_size, kv_mode.policy)
     num_new = chat_tokens // turns_per_chat
     num_reply = num_new // REPLY_SHARE
     chats = [[chat_id + 1] for chat_id in range(NUM_CHATS)]
-    num_turns = 0
+    held: list[Held] = []
     while True:
+        num_turns = len(held)
         chat_id = num_turns % NUM_CHATS
         prompt = chats[chat_id] + [chat_id + 1] * (num_new - num_reply)
         chats[chat_id] = _serve_turn(scheduler, num_turns, chat_id, prompt, num_reply)
+        num_tokens = sum(map(len, chats))
         if scheduler.counters.num_preemptions + scheduler.counters.num_drops:
-            return Capacity(mode, chat_tokens, num_blocks, num_turns, sum(map(len, chats)))
-        num_turns += 1
+            counts = (num_blocks, num_turns, num_tokens, num_bytes)
+            return Capacity(mode, chat_tokens, *counts, tuple(held))
+        held.append(Held(num_tokens, scheduler.pool.num_held * bytes_per_block))
 
 
 def format_capacity(capacities: Sequence[Capacity]) -> str:

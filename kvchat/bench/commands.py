@@ -177,12 +177,21 @@ def plan(show: Show, **flags: Any) -> None:  # noqa: ANN401
 
 
 @bench.command()
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw it there: FILE.png or FILE.svg."
+)
 @click.pass_obj
-def capacity(show: Show) -> None:
+def capacity(show: Show, plot: Path | None) -> None:
     """Turns of eight growing chats that one pool serves native, with auto and with auto4; and how
     many times the tokens of native blocks their bytes hold, counted on real tensors."""
-    from kvchat.bench.capacity import format_capacity, run_capacity_bench
+    from kvchat.bench.capacity import PLOTTED_TOKENS, format_capacity, run_capacity_bench
+    from kvchat.bench.plot import check_plot, draw_capacity
     from kvchat.bench.ratios import format_ratios, run_ratio_bench
 
-    show.answer(format_capacity(run_capacity_bench()) + "\n\n", is_last=False)
+    if plot is not None:
+        check_plot(plot)
+    found = run_capacity_bench()
+    if plot is not None:
+        draw_capacity([c for c in found if c.chat_tokens == PLOTTED_TOKENS], plot)
+    show.answer(format_capacity(found) + "\n\n", is_last=False)
     show.answer(format_ratios(run_ratio_bench()) + "\n", is_last=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from dataclasses import asdict
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kvchat.bench.layouts import WORD_BYTES
 from kvchat.bench.layouts.compare import Comparison, LayoutOptions, Progress, compare_layouts
 from kvchat.bench.layouts.replay import Replay
+from kvchat.bench.plot import check_plot, save
 from kvchat.bench.trace import Mix
-from kvchat.errors import UsageError, quoted
 from kvchat.kv.planner import available_memory, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def answer(flags: dict[str, Any], progress: Progress) -> str:
     """What the command's flags ask for, drawn and as text. Raises KvchatError."""
     output, plot, kv_mem = flags.pop("output"), flags.pop("plot"), flags.pop("kv_mem")
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     mix = Mix(num_chats=flags.pop("chats"), chats_a_second=flags.pop("rate"))
     num_bytes = parse_size(kv_mem, available_memory())
     flags["block_size"] = int(flags["block_size"])
@@ -102,7 +101,6 @@ def format_json(comparison: Comparison) -> str:
 
 def draw(comparison: Comparison, path: Path) -> None:
     """Two pictures in one file: tokens over time, and what became of the chats."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8.5), layout="constrained")
@@ -110,24 +108,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     _draw_tokens(over_time, comparison)
     _draw_fates(fates, comparison)
     figure.suptitle(_setup(comparison), fontsize=9, color="#555555")
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    try:
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvchat"}):
-            figure.savefig(path, dpi=110, metadata=metadata)
-    except OSError as error:
-        raise UsageError(f"--plot {quoted(str(path))}: {error.strerror}") from None
-
-
-def _check_plot(path: Path) -> None:
-    """Before the work, not after it."""
-    if path.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {quoted(str(path))}: name a .png or .svg file")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {quoted(str(path))}: there is no such folder")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'kvchat[plot]'"
-        )
+    save(figure, path)
 
 
 def _setup(comparison: Comparison) -> str:

@@ -1,0 +1,1 @@
+"""The pictures in docs/, each made from a run of the program: see scripts/pictures."""
