@@ -24,6 +24,7 @@ from kvchat.engine.sampler import NON_FINITE, Floats, uniforms
 
 MAX_TOP_K = TOP
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _UNIFORM = range(NUM_DRAW_FIELDS)
+_GREEDY = (0.0,) * NUM_DRAW_FIELDS
 
 
 class DrawKernels(Protocol):
@@ -55,18 +56,21 @@ def draw_fields(requests: Sequence[Request], positions: Sequence[int]) -> Floats
 
     positions: those that the tokens will take. A row the device cannot draw is as a greedy one.
     """
-    fields = np.zeros((len(requests), NUM_DRAW_FIELDS))
-    drawn = [
-        idx
-        for idx, request in enumerate(requests)
-        if request.sampling.temperature > 0 and can_draw(request.sampling)
+    rules = [request.sampling for request in requests]
+    is_drawn = [sampling.temperature > 0 and can_draw(sampling) for sampling in rules]
+    keys = [
+        (request.seed, request.branch, position)
+        for request, position, is_here in zip(requests, positions, is_drawn, strict=True)
+        if is_here
     ]
-    if drawn:
-        rules = [requests[idx].sampling for idx in drawn]
-        fields[drawn, :_UNIFORM] = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in rules]
-        keys = [(requests[idx].seed, requests[idx].branch, positions[idx]) for idx in drawn]
-        fields[drawn, _UNIFORM] = uniforms(keys)
-    return fields
+    points = iter(uniforms(keys).tolist())
+    fields = [
+        (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, next(points))
+        if is_here
+        else _GREEDY
+        for sampling, is_here in zip(rules, is_drawn, strict=True)
+    ]
+    return np.array(fields, np.float64).reshape(-1, NUM_DRAW_FIELDS)
 
 
 class DeviceSampler:
