@@ -53,7 +53,8 @@ def detail_lines(result: BenchResult, limits_ms: dict[str, float], bandwidth: fl
         "",
         "Counts are of the first repetition; with closed arrivals they are the same in all. TPOT:",
         "of a reply, seconds a token after the first. GB/s: weights and KV read in steps that only",
-        "generate. A percentile without 5 samples beyond it is n/a.",
+        "generate. A percentile without 5 samples beyond it is n/a; so is parking where no main",
+        "memory is set apart for it.",
     ]
 
 
@@ -71,10 +72,18 @@ def _setup(result: BenchResult, bandwidth: float) -> list[str]:
         f" {numpy.__version__}, {sys.platform}",
         f"- pool {format_size(result.modes[0].setup.pool_bytes)}, native needs"
         f" {result.num_needed} blocks of {model.spec.block_size} tokens; seed {work.seed}",
+        f"- memory of the device: {_device_memory(result)}",
         f"- load {model.load_s:.2f} s, compile"
         f" {sum(mode.compile_s for mode in result.modes):.2f} s, warm-up {result.warmup_s:.2f} s,"
         f" in all {result.total_s:.1f} s",
     ]
+
+
+def _device_memory(result: BenchResult) -> str:
+    kept = f"weights and two pools a mode {format_size(result.kept_bytes)}"
+    if result.peak_device_bytes is None:
+        return f"{NONE}, main memory holds all; {kept}"
+    return f"{format_size(result.peak_device_bytes)} at its peak, {kept}"
 
 
 def _speed(result: BenchResult, limits_ms: dict[str, float], bandwidth: float) -> list[list[str]]:
@@ -132,6 +141,7 @@ def _memory(result: BenchResult) -> list[list[str]]:
     add("of these again", [f"{m.tally.num_redone:,}" for m in modes])
     add("preemptions", [f"{m.num_preemptions}" for m in modes])
     add("idle chats dropped", [f"{m.num_drops}" for m in modes])
+    add("idle chats parked, blocks copied", [_parks(mode) for mode in modes])
     add(
         "spans compressed, blocks freed",
         [f"{m.tally.num_spans}, {m.tally.num_freed}" for m in modes],
@@ -143,6 +153,11 @@ def _memory(result: BenchResult) -> list[list[str]]:
         [format_size(m.tally.peak_saved_blocks * m.setup.layout.bytes_per_block) for m in modes],
     )
     return rows
+
+
+def _parks(mode: ModeResult) -> str:
+    has_room = mode.setup.config.num_host_slots > 0
+    return f"{mode.num_parks}, {mode.num_parked_blocks}" if has_room else NONE
 
 
 def _mean_held(mode: ModeResult) -> float:

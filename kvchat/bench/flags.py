@@ -20,7 +20,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--sessions",), {"type": click.IntRange(1, 4096), "default": 8, "show_default": True}),
     (("--turns",), {"type": click.IntRange(1, 1000), "default": 3, "show_default": True}),
     (("--prompt",), {"default": "64-192", "show_default": True, "help": "Tokens of a turn."}),
-    (("--gen",), {"default": "12-24", "show_default": True, "help": "Tokens of a reply."}),
+    (("--gen",), {"default": "8-16", "show_default": True, "help": "Tokens of a reply."}),
     (("--shared-prefix",), {"type": click.IntRange(0), "default": 128, "show_default": True}),
     (("-d", "--depth"), {"default": "0", "help": "Tokens of each chat before the clock starts."}),
     (

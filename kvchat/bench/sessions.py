@@ -1,8 +1,8 @@
 """`kvchat bench`: many sessions in one pool, each mode of the KV cache beside the others.
 
-One repetition serves the whole workload once in every mode. Within it the modes take turns of
-SLICE_S seconds, so that whatever slows the machine slows them all; a ratio is the median over the
-repetitions. Two of the sessions are also served one after the other, spread over all repetitions.
+One repetition serves the whole workload once in every mode, and two of its sessions once more, one
+after the other. Within it all of these take turns of SLICE_S seconds, in step with each other, so
+that whatever slows the machine slows them all; a ratio is the median over the repetitions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from kvchat.bench.arms import (
     Arm,
@@ -66,6 +68,7 @@ class ModeResult:
     setup: Setup
     compile_s: float
     logs: list[RunLog] = field(default_factory=list)
+    solo_logs: list[RunLog] = field(default_factory=list)  # of the same repetitions
     tally: Tally = field(default_factory=Tally)
     peak_held: int = 0
     held: list[tuple[float, int]] = field(default_factory=list)  # (seconds, blocks) by step
@@ -74,6 +77,8 @@ class ModeResult:
     num_calm: int = 0  # sessions that were never preempted
     num_cached_tokens: int = 0
     num_evictions: int = 0
+    num_parks: int = 0
+    num_parked_blocks: int = 0
     speed: Speed | None = None
     speed_ratio: float | None = None  # to native, in generated tokens a second
     times_one: float | None = None
@@ -98,6 +103,13 @@ class BenchResult:
     paged: Replay
     warmup_s: float
     total_s: float
+    peak_device_bytes: int | None  # of tensors on a device with memory of its own
+
+    @property
+    def kept_bytes(self) -> int:
+        """Weights, and every mode's two pools: one for all sessions, one for the solo runs."""
+        pools = sum(mode.setup.pool_bytes for mode in self.modes)
+        return self.model.weight_bytes + 2 * pools
 
 
 def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatched) -> BenchResult:
@@ -113,8 +125,8 @@ def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatche
     arms = [make_arm(model, setup, progress) for setup in setups]
     results = [ModeResult(arm.setup.mode, arm.setup, arm.compile_s) for arm in arms]
     warmup_s = _warm_up(arms, scripts, options.warmup, progress)
-    solos = _measure(model, arms, results, scripts, options, progress, watch)
-    _summarise(model, results, solos, scripts)
+    _measure(model, arms, results, scripts, options, progress, watch)
+    _summarise(model, results, scripts)
     for i, result in enumerate(results):
         progress("looking for capacity", i, len(results))
         result.max_sessions = max_sessions(result.setup, options.workload)
@@ -124,8 +136,23 @@ def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatche
     missing = tuple(mode for mode in options.modes if mode not in modes)
     total_s = time.perf_counter() - started
     return BenchResult(
-        options, model, num_needed, scripts, results, missing, static, paged, warmup_s, total_s
+        options,
+        model,
+        num_needed,
+        scripts,
+        results,
+        missing,
+        static,
+        paged,
+        warmup_s,
+        total_s,
+        peak_device_bytes(model.device),
     )
+
+
+def peak_device_bytes(device: str) -> int | None:
+    """The most that tensors took of the device's memory so far; None where it has none."""
+    return None if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def make_setups(
@@ -147,9 +174,10 @@ def make_setups(
 
 
 def _warm_up(arms: list[Arm], scripts: list[Script], num_reps: int, progress: Progress) -> float:
-    """A first turn of all sessions in every mode, not measured; returns the seconds."""
+    """A first turn of a few sessions in every mode, not measured; returns the seconds."""
     started = time.perf_counter()
-    first = [replace(script, turns=script.turns[:1], arrival_s=0.0) for script in scripts]
+    few = _solo_scripts(scripts)
+    first = [replace(script, turns=script.turns[:1], arrival_s=0.0) for script in few]
     for rep in range(num_reps):
         for i, arm in enumerate(arms):
             progress("warming up", rep * len(arms) + i, num_reps * len(arms))
@@ -168,50 +196,44 @@ def _measure(
     options: BenchOptions,
     progress: Progress,
     watch: Watch,
-) -> list[Driver]:
-    """Fill the results' logs and counts; returns the drivers of the solo runs."""
+) -> None:
+    """Fill the results' logs and counts."""
     stop_ids = None if options.ignore_eos else frozenset(model.config.eos_token_ids)
     solo_scripts = [replace(script, arrival_s=0.0) for script in _solo_scripts(scripts)]
     # in pools of their own: two engines must not write into one
     others = [make_arm(model, arm.setup, progress) for arm in arms]
-    solos = [Driver(arm.setup, arm.runner, solo_scripts, 1, stop_ids) for arm in others]
     for rep in range(options.reps):
         drivers = [Driver(arm.setup, arm.runner, scripts, None, stop_ids) for arm in arms]
-        for driver in drivers:
+        solos = [Driver(arm.setup, arm.runner, solo_scripts, 1, stop_ids) for arm in others]
+        for driver in (*drivers, *solos):
             watch(driver.engine)
-        for share in _alternate(drivers, solos, rep, options.reps):
-            progress(f"repetition {rep + 1} of {options.reps}", round(1000 * share), 1000)
-        for arm, result, driver in zip(arms, results, drivers, strict=True):
+        for share in _alternate(drivers, solos, rep):
+            progress(
+                f"repetition {rep + 1} of {options.reps}",
+                round(1000 * (rep + share)),
+                1000 * options.reps,
+            )
+        for arm, result, driver, solo in zip(arms, results, drivers, solos, strict=True):
             _keep(arm, result, driver)
-    for solo, result in zip(solos, results, strict=True):
-        solo.run()
-        solo.close()
-        result.problems += solo.problems
-        result.num_leaked += solo.num_leaked
+            _keep_solo(result, solo)
     progress("repetition", 1, 1)
-    return solos
 
 
 def _solo_scripts(scripts: list[Script]) -> list[Script]:
     return [scripts[i * len(scripts) // NUM_SOLO] for i in range(min(NUM_SOLO, len(scripts)))]
 
 
-def _alternate(
-    drivers: list[Driver], solos: list[Driver], rep: int, num_reps: int
-) -> Iterator[float]:
-    """Turns of a slice each until all are done, another mode first each time; the solo runs go on
-    in step with the whole, so that they see the same machine. Yields what is done, of 1."""
+def _alternate(drivers: list[Driver], solos: list[Driver], rep: int) -> Iterator[float]:
+    """Turns of a slice each until all are done, another mode first each time. A mode's solo run
+    goes on in step with it, so that both see the same machine. Yields what is done, of 1."""
     turn = rep
-    while not all(driver.is_done for driver in drivers):
-        order = [(turn + i) % len(drivers) for i in range(len(drivers))]
-        for i in order:
+    while not all(driver.is_done for driver in (*drivers, *solos)):
+        for i in ((turn + i) % len(drivers) for i in range(len(drivers))):
             drivers[i].run(SLICE_S)
-        share = (rep + sum(driver.share_done for driver in drivers) / len(drivers)) / num_reps
-        for i in order:
-            if solos[i].share_done < share:
+            if solos[i].share_done < drivers[i].share_done or drivers[i].is_done:
                 solos[i].run(SLICE_S)
         turn += 1
-        yield share
+        yield sum(driver.share_done for driver in drivers) / len(drivers)
 
 
 def _keep(arm: Arm, result: ModeResult, driver: Driver) -> None:
@@ -227,26 +249,35 @@ def _keep(arm: Arm, result: ModeResult, driver: Driver) -> None:
         result.num_preemptions, result.num_drops = counters.num_preemptions, counters.num_drops
         result.num_calm, result.num_cached_tokens = driver.num_calm, counters.num_cached_tokens
         result.num_evictions = stats.num_evictions
+        result.num_parks, result.num_parked_blocks = stats.num_parks, stats.num_parked_blocks
     result.logs.append(driver.log)
     result.problems += driver.problems
     result.num_leaked += driver.num_leaked
 
 
-def _summarise(
-    model: Model, results: list[ModeResult], solos: list[Driver], scripts: list[Script]
-) -> None:
-    """Speeds, and ratios to the first mode and to the solo runs."""
+def _keep_solo(result: ModeResult, solo: Driver) -> None:
+    solo.close()
+    result.solo_logs.append(solo.log)
+    result.problems += solo.problems
+    result.num_leaked += solo.num_leaked
+
+
+def _summarise(model: Model, results: list[ModeResult], scripts: list[Script]) -> None:
+    """Speeds, and ratios to the first mode and to the solo runs, by pairs of one repetition."""
     base = [log.tokens_a_second for log in results[0].logs]
     solo_tokens = sum(script.num_tokens for script in _solo_scripts(scripts))
     scale = sum(script.num_tokens for script in scripts) / solo_tokens
-    for result, solo in zip(results, solos, strict=True):
-        result.speed = measure(result.logs, model.weight_bytes)
-        result.speed_ratio = median_ratio([log.tokens_a_second for log in result.logs], base)
+    for result in results:
+        logs, solos = result.logs, result.solo_logs
+        result.speed = measure(logs, model.weight_bytes)
+        result.speed_ratio = median_ratio([log.tokens_a_second for log in logs], base)
         if len(scripts) > 1:
-            alone = [solo.log.generation_speed] * len(result.logs)
-            result.times_one = median_ratio([log.generation_speed for log in result.logs], alone)
-            alone = [solo.log.seconds * scale] * len(result.logs)
-            result.times_one_by_one = median_ratio(alone, [log.seconds for log in result.logs])
+            result.times_one = median_ratio(
+                [log.generation_speed for log in logs], [log.generation_speed for log in solos]
+            )
+            result.times_one_by_one = median_ratio(
+                [log.seconds * scale for log in solos], [log.seconds for log in logs]
+            )
 
 
 def _replay_layouts(setup: Setup, scripts: list[Script]) -> tuple[Replay, Replay]:

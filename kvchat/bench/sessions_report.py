@@ -286,7 +286,10 @@ def record(mode: ModeResult, limits_ms: dict[str, float]) -> dict[str, Any]:
         "leaks": mode.num_leaked,
         "problems": mode.problems,
         "seconds": [log.seconds for log in mode.logs],
+        "solo_seconds": [log.seconds for log in mode.solo_logs],
         "tokens_a_second_by_rep": [log.tokens_a_second for log in mode.logs],
+        "generation_by_rep": [log.generation_speed for log in mode.logs],
+        "solo_generation_by_rep": [log.generation_speed for log in mode.solo_logs],
     }
     if limits_ms:
         found["goodput_replies_a_second"] = goodput(mode.logs, limits_ms)

@@ -30,7 +30,7 @@ class Range(NamedTuple):
         return f"{self.low}" if self.low == self.high else f"{self.low}-{self.high}"
 
 
-_PROMPT, _REPLY = Range(64, 192), Range(12, 24)
+_PROMPT, _REPLY = Range(64, 192), Range(8, 16)
 
 
 @dataclass(frozen=True)
