@@ -4,6 +4,7 @@ import doctest
 import io
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -35,15 +36,37 @@ def test_links_and_named_files_are_there(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.svg")), ids=lambda p: p.name)
+def test_a_picture_is_whole_and_shown(path):
+    root = ElementTree.parse(path).getroot()
+
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert f"](docs/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def printed_by(*arguments):
+    """Lines of the command's answer."""
+    out, err = io.StringIO(), io.StringIO()
+    assert run_cli(list(arguments), Show(out, err)) == 0
+    return out.getvalue().splitlines()
+
+
+def test_the_layouts_of_the_readme_are_what_the_command_prints():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    rows = [line for line in printed_by("bench", "layouts") if line.startswith("|")]
+
+    assert len(rows) == 10
+    assert "\n".join(rows) in text
+
+
 def test_the_plan_of_the_readme_is_what_the_command_prints():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text[text.index("## What fits") : text.index("The textbook's example, corrected")]
     command = re.search(r"`kvchat (plan --shape llama2-7b [^`]+)`", section).group(1)
-    out, err = io.StringIO(), io.StringIO()
 
-    run_cli(command.split(), Show(out, err))
+    printed = printed_by(*command.split())
 
-    printed = out.getvalue().splitlines()
     shown = section[section.index("# llama2-7b:") :].splitlines()
     shown = [line for line in shown if line and line != "```"]
     assert len(shown) > 20
