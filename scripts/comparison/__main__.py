@@ -15,11 +15,12 @@ from kvchat import __version__
 from kvchat.errors import KvchatError, UsageError
 
 NOTES = (
-    "Reading prompts: from the submit to the last chat's first token. Writing replies: from then"
-    " on. Over all: tokens of replies over the whole time. Ratios: kvchat over the other, median of"
-    " pairs (least-most); one pair before is not counted, who is first alternates. Prompts are"
-    " random ids, other ones in every pair; replies are greedy and of full length. transformers:"
-    " generate, one batch, sdpa attention, dynamic cache. llama.cpp chooses no tokens."
+    "Reading prompts: from the submit to the last chat's first token; writing replies: from then on"
+    " (kvchat writes for the first chats while it reads for the last). Over all: tokens of replies"
+    " over the whole time. Ratios: kvchat over the other, median of pairs (least-most); one pair"
+    " before is not counted, who is first alternates. Prompts are random ids, other ones in every"
+    " pair; replies are greedy and of full length. transformers: generate, one batch, sdpa"
+    " attention, dynamic cache. llama.cpp chooses no tokens."
 )
 
 
