@@ -6,12 +6,14 @@ import shutil
 import threading
 
 import pytest
+import torch
 from tiny_model import write_tiny_model
 
 from kvchat.bench.arms import load_model, make_arm, make_setup
 from kvchat.cli import run_cli
 from kvchat.config import SamplingParams
-from kvchat.engine.profile import LAUNCH, MAX_SPANS, STEP, STEP_PARTS, Profiler, profiling
+from kvchat.engine.device_sampler import DeviceSampler
+from kvchat.engine.profile import LAUNCH, MAX_SPANS, STEP, STEP_PARTS, WAIT, Profiler, profiling
 from kvchat.engine.request import Request
 from kvchat.errors import UsageError
 from kvchat.terminal.show import Show
@@ -153,6 +155,7 @@ def test_every_part_of_a_step_is_found_from_the_engine(engine):
         "attend": NUM_LAYERS,
         "sampling": 1,
         LAUNCH: 1,
+        WAIT: 1,
         "update": 1,
         STEP: 1,
     }
@@ -193,6 +196,21 @@ def test_spans_lie_within_the_calls_that_made_them(engine):
     for inner, outer in ((launch, step), *((attend, launch) for attend in attends)):
         assert outer["ts"] <= inner["ts"]
         assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 0.001
+
+
+def test_a_sampler_on_the_device_is_found_too(engine):
+    sampler, worker, profiler = DeviceSampler(), Worker(Watch()), Profiler()
+    engine._runner.device_sampler = sampler
+    worker.work = lambda ns: sampler.greedy(torch.ones(2, 3))
+
+    profiler.watch(engine)
+    profiler.time(worker, "call", "outer")
+    worker.call(0, 1)
+
+    assert {part: found[0] for part, found in profiler.parts().items()} == {
+        "sampling": 1,
+        "outer": 1,
+    }
 
 
 def test_outside_of_a_watched_step_nothing_is_timed(engine):

@@ -24,6 +24,7 @@ from kvchat.errors import UsageError, quoted
 MAX_SPANS = 200_000  # kept for the trace, the last ones: about 30 MiB, and 20 MB of file
 STEP = "rest of the step"
 LAUNCH = "rest of the forward pass"
+WAIT = "waiting for tokens"
 # What an object does, by the methods it has: the part of a step that each of them is, or "" for
 # one that only tells what the object is.
 ROLES: tuple[dict[str, str], ...] = (
@@ -32,8 +33,9 @@ ROLES: tuple[dict[str, str], ...] = (
     {"plan": "plan", "write_kv": "write_kv", "attend": "attend"},
     {"norm": "norm", "linear": "products", "add_linear": "products", "gated": "products"},
     {"sample": "sampling"},
+    {"greedy": "sampling", "draw": "sampling"},
     {"launch": LAUNCH, "count_bytes": ""},
-    {"step": STEP, "submit": ""},
+    {"step": STEP, "_read": WAIT, "submit": ""},
 )
 # The rows of the table, in order; parts of other threads and of listeners come after them.
 STEP_PARTS = (
@@ -46,6 +48,7 @@ STEP_PARTS = (
     "attend",
     "sampling",
     LAUNCH,
+    WAIT,
     "update",
     STEP,
 )
