@@ -11,7 +11,7 @@ from kvchat.bench.workload import Range, Script, Workload, make_scripts
 from kvchat.errors import CapacityError
 
 MAX_SESSIONS = 512  # looked for; more are told as this many
-_GROWTH_STEPS = 48  # a context is found to this part of it
+_GROWTH_STEPS = 200  # a context is found to this part of it, or to a block
 _VOCAB = range(1000, 30_000)
 
 
