@@ -171,8 +171,10 @@ def _talk(runtime: Runtime, use_color: bool, profiler: Profiler | None) -> int:
 
 def _watch(profiler: Profiler, runtime: Runtime) -> None:
     """The engine's parts, and what becomes of its events on the way to the terminal."""
+    from kvchat.engine.profile import HAND_OVER
+
     profiler.watch(runtime.engine)
-    profiler.time(runtime.library, "on_events", "events handed over")
+    profiler.time(runtime.library, "on_events", HAND_OVER)
     profiler.time(runtime.library, "apply", "events to text")
 
 

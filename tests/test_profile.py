@@ -13,7 +13,16 @@ from kvchat.bench.arms import load_model, make_arm, make_setup
 from kvchat.cli import run_cli
 from kvchat.config import SamplingParams
 from kvchat.engine.device_sampler import DeviceSampler
-from kvchat.engine.profile import LAUNCH, MAX_SPANS, STEP, STEP_PARTS, WAIT, Profiler, profiling
+from kvchat.engine.profile import (
+    HAND_OVER,
+    LAUNCH,
+    MAX_SPANS,
+    STEP,
+    STEP_PARTS,
+    WAIT,
+    Profiler,
+    profiling,
+)
 from kvchat.engine.request import Request
 from kvchat.errors import UsageError
 from kvchat.terminal.show import Show
@@ -116,7 +125,7 @@ def test_threads_do_not_nest_in_each_other():
     worker.call(10, 100)
 
     assert profiler.parts() == {"outer": (1, 110), "elsewhere": (1, 100)}
-    names = {e["args"]["name"] for e in profiler.trace()["traceEvents"] if e["ph"] == "M"}
+    names = {e["args"]["name"] for e in profiler.events() if e["ph"] == "M"}
     assert names == {"MainThread", "another"}
 
 
@@ -135,8 +144,7 @@ def test_only_the_last_spans_are_kept_and_all_are_counted():
 
     assert [span[4] for span in profiler.spans] == [7, 8, 9]
     assert profiler.parts() == {"inner": (10, 45)}
-    assert profiler.trace()["otherData"]["calls"] == 10
-    assert profiler.trace()["otherData"]["kept"] == 3
+    assert (profiler.about()["calls"], profiler.about()["kept"]) == (10, 3)
 
 
 def test_every_part_of_a_step_is_found_from_the_engine(engine):
@@ -179,7 +187,7 @@ def test_the_parts_of_a_step_add_up_to_it(engine):
     in_parts = sum(ns for _, ns in profiler.parts().values())
     assert profiler.spans[-1][0] == "Scheduler.schedule"
     assert in_parts == profiler.steps_ns + idle_ns
-    assert set(profiler.parts()) == set(STEP_PARTS)
+    assert set(profiler.parts()) == {*STEP_PARTS} - {HAND_OVER}
 
 
 def test_spans_lie_within_the_calls_that_made_them(engine):
@@ -188,7 +196,7 @@ def test_spans_lie_within_the_calls_that_made_them(engine):
 
     reply(engine, num_tokens=1)
 
-    events = [e for e in profiler.trace()["traceEvents"] if e["ph"] == "X"]
+    events = [e for e in profiler.events() if e["ph"] == "X"]
     (step,) = (e for e in events if e["name"] == "Engine.step")
     (launch,) = (e for e in events if e["name"] == "Runner.launch")
     attends = [e for e in events if e["cat"] == "attend"]
@@ -290,7 +298,7 @@ def test_a_run_tells_where_its_steps_went(folder, tmp_path, monkeypatch):
     names = [line[: len(LAUNCH)].strip() for line in lines[2:-2]]
     total = names.index("a step, all of it")
     assert names[:total] == [*STEP_PARTS]
-    assert set(names[total + 1 :]) == {"events handed over", "events to text", "drawing"}
+    assert set(names[total + 1 :]) == {"events to text", "drawing"}
     shares = [float(line.split("%")[0].split()[-1]) for line in lines[2 : 2 + total]]
     assert sum(shares) == pytest.approx(100, abs=1)
     trace = json.loads(path.read_text())

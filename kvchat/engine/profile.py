@@ -25,6 +25,7 @@ MAX_SPANS = 200_000  # kept for the trace, the last ones: about 30 MiB, and 20 M
 STEP = "rest of the step"
 LAUNCH = "rest of the forward pass"
 WAIT = "waiting for tokens"
+HAND_OVER = "events handed over"  # the listener, which whoever knows it has timed
 # What an object does, by the methods it has: the part of a step that each of them is, or "" for
 # one that only tells what the object is.
 ROLES: tuple[dict[str, str], ...] = (
@@ -50,6 +51,7 @@ STEP_PARTS = (
     LAUNCH,
     WAIT,
     "update",
+    HAND_OVER,
     STEP,
 )
 
@@ -169,20 +171,22 @@ class Profiler:
             f" {self.num_spans:,} calls cost about {cost_ns / self.steps_ns:.1%}",
         ]
 
-    def trace(self) -> dict[str, Any]:
-        """The spans that were kept, as a trace viewer reads them; times in microseconds."""
-        spans = self.spans.copy()
+    def about(self) -> dict[str, Any]:
+        """What the trace says of itself."""
+        kept = len(self.spans)
+        return {"program": f"kvchat {__version__}", "calls": self.num_spans, "kept": kept}
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The threads' names and the spans that were kept, as a trace viewer reads them; times in
+        microseconds."""
+        for thread_id, name, _ in self._threads.copy():
+            event = {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread_id}
+            yield event | {"args": {"name": name}}
+        spans = self.spans.copy()  # others may still be running
         first_ns = min((span[3] for span in spans), default=0)
-        events: list[dict[str, Any]] = [
-            {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread_id, "args": {"name": name}}
-            for thread_id, name, _ in self._threads.copy()
-        ]
         for name, part, thread_id, start_ns, took_ns in spans:
-            times = {"ts": (start_ns - first_ns) / 1000, "dur": took_ns / 1000}
             event = {"name": name, "cat": part, "ph": "X", "pid": 1, "tid": thread_id}
-            events.append(event | times)
-        about = {"program": f"kvchat {__version__}", "calls": self.num_spans, "kept": len(spans)}
-        return {"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}
+            yield event | {"ts": (start_ns - first_ns) / 1000, "dur": took_ns / 1000}
 
     def _cells(self, num_calls: int, took_ns: int) -> list[str]:
         return [
@@ -264,15 +268,20 @@ def profiling(path: Path | None, note: Callable[[str], None]) -> Iterator[Profil
 
 
 def _write(profiler: Profiler, path: Path) -> str:
-    """The trace into its file; what to say of it."""
-    trace = profiler.trace()
-    num_kept = trace["otherData"]["kept"]
-    cut = f" (the last of {profiler.num_spans:,})" if num_kept < profiler.num_spans else ""
+    """The trace into its file, an event a line; what to say of it."""
+    about = profiler.about()
     try:
-        path.write_text(json.dumps(trace), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            file.write(f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(about)},')
+            separator = ' "traceEvents": [\n'
+            for event in profiler.events():
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
+            file.write("\n]}\n")
     except OSError as error:
         return f"--profile {quoted(str(path))} was not written: {error.strerror}"
-    return f"{num_kept:,} spans{cut} in {quoted(str(path))}: open it in ui.perfetto.dev"
+    cut = f" (the last of {about['calls']:,})" if about["kept"] < about["calls"] else ""
+    return f"{about['kept']:,} spans{cut} in {quoted(str(path))}: open it in ui.perfetto.dev"
 
 
 def _owned(engine: Engine) -> Iterator[object]:
