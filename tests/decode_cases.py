@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from emulator import emulated
+from emulator import load_emulated
 from torch import Tensor
 
+from kvchat.attention.cuda_ops import Load
 from kvchat.attention.paged_decode import (
     RECORD_HEADER,
     RECORD_INTS,
@@ -114,6 +115,18 @@ def run_emulated(
 
     lowest: what the kernel is built for; the same for most tests, so that fewer are compiled.
     """
+    return run_kernel(load_emulated, inputs, grid, target_splits, lowest, **defines)
+
+
+def run_kernel(
+    load: Load,
+    inputs: DecodeInputs,
+    grid: int = 3,
+    target_splits: int = 4,
+    lowest: Codec = Codec.INT4,
+    **defines: int,
+) -> Tensor:
+    """run_emulated where `load` says: one of machines.MACHINES."""
     case, cache = inputs.case, inputs.cache
     layout = BlockLayout(cache.spec, lowest)
     tuning = replace(default_tuning(layout), target_splits=target_splits)
@@ -122,7 +135,7 @@ def run_emulated(
     num_records = rows * max_splits(max(case.lens), tuning) + grid // tiles + 1
     plan = torch.full((RECORD_HEADER + num_records * RECORD_INTS,), -1, dtype=torch.int32)
     args = [plan, inputs.tables, inputs.tables.stride(0), inputs.seq_lens, case.block_size]
-    emulated("plan_decode", SCALAR_BF16=0)(
+    load("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0}).launch(
         (rows,), (32,), [*args, case.window, target_splits, tuning.min_split]
     )
     slots = (int(plan[0]) * tiles, min(case.group, TILE_HEADS))
@@ -131,7 +144,8 @@ def run_emulated(
     stats = torch.full((*slots, 2), torch.nan)
     counters = torch.zeros(rows, tiles, dtype=torch.int32)
     constants = {**decode_defines(layout, tuning), **defines}
-    emulated("paged_decode", **constants)(
+    shared = constants["SHARED_BYTES"]
+    load("paged_decode.cu", "paged_decode_kernel", constants, shared).launch(
         (grid,), (32 * tuning.warps,),
         [
             out, sums, stats, counters, inputs.q, inputs.q_rotated, cache.payload,
@@ -139,7 +153,7 @@ def run_emulated(
             inputs.scale, LAYER, NUM_LAYERS, case.num_kv_heads, case.group, case.block_size,
             cache.layout.side_bytes,
         ],
-        constants["SHARED_BYTES"],
+        shared,
     )  # fmt: skip
     assert not counters.any()
     return out
