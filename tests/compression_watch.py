@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvchat.engine.request import Request
+from kvchat.kv.block_ops import BlockOp
 from kvchat.kv.block_pool import BlockPool, CompressSpan, Sequence
 from kvchat.kv.layout import Codec, block_ids
 
@@ -61,10 +62,10 @@ def watch_giving_way(simulation: Simulation) -> None:
     memory = simulation.scheduler._memory
     make_way = memory._make_way
 
-    def checked(request: Request) -> bool:
+    def checked(request: Request, ops: list[BlockOp]) -> bool:
         if simulation.pool.num_held < simulation.pool.num_usable:
             assert (found := find_compressible(simulation)) is None, f"{found=}"
-        return make_way(request)
+        return make_way(request, ops)
 
     memory._make_way = checked
 

@@ -62,6 +62,8 @@ class ParkingWalk(PoolWalk):
         held_ids = {unpack_entry(entry)[0] for entry in chat.seq.table}
         num_own = sum(self.pool.ref_count(block_id) == 1 for block_id in held_ids)
         is_useful = num_own >= len(held_ids) / 2
+        if is_useful and self.rng.random() < 0.15:
+            self.displace(chat.seq)
         can = is_useful and len(held_ids) <= self.arena.num_free
         assert self.arena.can_park(chat.seq) == can, f"{self.arena.num_free} for {chat}"
         if not can:
@@ -74,6 +76,25 @@ class ParkingWalk(PoolWalk):
         self.parked.append(ParkedChat(record, chat.token_ids[: chat.num_computed]))
         self.counts["park"] += 1
         self.counts["park compressed"] += any(block.codec for block in record.blocks)
+
+    def displace(self, seq: object) -> None:
+        """Let some leave the arena, in any order, so that there is room for seq: no more of them
+        than it takes, and nobody where all are not enough."""
+        leaving = self.rng.sample(self.parked, self.rng.randint(0, len(self.parked)))
+        num_leaving = self.arena.num_leaving(seq, (chat.parked for chat in leaving))
+        staying = [block.slot for chat in self.parked for block in chat.parked.blocks]
+        for idx in range(len(leaving) + 1):
+            if NUM_SLOTS - len({*staying}) >= seq.num_blocks:
+                break
+            for block in leaving[idx].parked.blocks if idx < len(leaving) else ():
+                staying.remove(block.slot)
+        else:
+            idx = None
+        assert num_leaving == idx, f"{num_leaving} of {leaving} leave, not {idx}"
+        for chat in leaving[: idx or 0]:
+            self.release(chat)
+        self.counts["not enough"] += idx is None
+        self.counts["displaced"] += idx or 0
 
     def resume(self, _: Chat) -> None:
         """With a prompt that goes on, or that leaves the parked text somewhere."""

@@ -141,14 +141,14 @@ def test_what_never_fits_as_it_was_parked_is_computed_again():
     assert bench.scheduler.counters.num_drops == 1
 
 
-def chats_with_a_queued_one(num_host_slots: int) -> Bench:
+def chats_with_a_queued_one(num_host_slots: int, max_tokens: int = 20) -> Bench:
     """Session 1, the coldest, has a request that waits for its turn; session 2 is idle, session 3
     generates and takes what is free."""
     bench = Bench(17, num_host_slots=num_host_slots, max_num_seqs=1)
     for request_id in (1, 2):
         bench.submit(request_id, text(12, request_id * 1000), max_tokens=4)
         bench.finish()
-    bench.submit(3, text(20, 3000), max_tokens=20)
+    bench.submit(3, text(20, 3000), max_tokens=max_tokens)
     bench.step()
     history = bench.requests[1].token_ids
     bench.submit(4, [*history, *text(3, 4000)], session_id=1, max_tokens=2)
@@ -293,6 +293,7 @@ def test_chats_say_the_same_whenever_they_are_parked(name, is_late, num_slots):
 
     counts, counters = simulation.counts, simulation.scheduler.arena.counters
     assert counters.num_resumes > 10 and counters.num_restored_blocks > 30, counters
+    assert counters.num_displaced > 0 or num_slots == 60, counters
     events = ["forks", "undone", "closed", "aborted"] if num_slots == 60 else ["closed"]
     assert min(counts[f"{event} while parked"] for event in events) > 0, counts
     print(f"{simulation.longest_gap=} {counters}")
@@ -327,6 +328,7 @@ def test_32_000_random_steps_with_an_arena_break_no_invariant():
     least = {"park": 500, "resume": 500, "resume compressed": 30, "resume what is cached": 80}
     least |= {"resume a tail": 150, "go back to a boundary": 15, "no room": 80}
     least |= {"trim inside a span": 30, "fork parked": 80, "not parked": 500}
+    least |= {"displaced": 80, "not enough": 30}
     print(dict(counts))
     assert not {event: counts[event] for event, num in least.items() if counts[event] < num}
 

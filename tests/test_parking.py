@@ -246,6 +246,27 @@ def test_it_is_parked_whole_or_not_and_only_where_that_frees_something():
     assert house.arena.num_free == 0
 
 
+def test_the_first_ones_whose_slots_are_enough_have_to_leave():
+    house = House(num_blocks=40, num_slots=9)
+    one, _ = house.park(house.computed(TEXT[:13]), TEXT[:13])  # four slots
+    child = house.arena.fork(one, 8)  # two of these
+    two, _ = house.park(house.computed([7] * 10), [7] * 10)  # three
+    parked = [one, child, two]
+
+    def num_leaving(num_blocks: int, records: list[Parked]) -> int | None:
+        return house.arena.num_leaving(Sequence(num_blocks=num_blocks), records)
+
+    assert house.arena.num_free == 2
+    found = [num_leaving(num_blocks, parked) for num_blocks in range(1, 11)]
+    assert found == [0, 0, 1, 1, 2, 2, 3, 3, 3, None]
+    assert [num_leaving(num, [child, one]) for num in (3, 6, 7)] == [2, 2, None]
+    assert num_leaving(5, [two, one]) == 1
+    house.arena.check_integrity(parked)
+    for count, record in enumerate(parked, 1):
+        house.arena.release(record)
+        assert num_leaving(house.arena.num_free, parked[count:]) == 0
+
+
 @pytest.mark.parametrize("num_shared, is_parked", [(8, True), (12, False), (16, False)])
 def test_what_shares_more_than_half_of_its_blocks_is_not_parked(num_shared, is_parked):
     house = House()

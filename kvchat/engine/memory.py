@@ -2,10 +2,11 @@
 
 Whoever needs a block takes it, in this order, from: the free queue (the prefix cache is its end),
 idle sessions that can be parked in main memory, the ladder, the coldest idle session, the youngest
-running request behind it; pinned sessions give way last of all. A waiting request in the background
-only takes what is free, parked, compressed or idle. What the ladder may do in one step is bounded:
-when that is used up and there is more to compress, nobody has to give way and whoever still needs a
-block waits for the next step.
+running request behind it; pinned sessions give way last of all. Who has to give way is parked, if
+sessions in the arena that were idle for longer make room for it. A waiting request in the
+background only takes what is free, parked, compressed or idle. What the ladder may do in one step
+is bounded: when that is used up and there is more to compress, nobody has to give way and whoever
+still needs a block waits for the next step.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Memory:
                 continue
             if self._ladder.rungs and (num_fitting := self._claim_some(seq, num_tokens, ops)):
                 return num_fitting
-            if not self._force(request):
+            if not self._force(request, ops):
                 return 0
         if new_ops:
             self._ladder.part(seq)
@@ -130,7 +131,8 @@ class Memory:
         for request in self._roster.requests.values():
             if request.seq is not None and not lost.isdisjoint(block_ids(request.seq.table)):
                 self.preempt(request)
-        while self.residents.drop_coldest(None, set()):
+        while (session_id := self.residents.coldest(None, set())) is not None:
+            self.residents.drop_at_once(session_id)
             self._counters.num_drops += 1
         self.residents.settle()
 
@@ -158,7 +160,7 @@ class Memory:
     ) -> bool:
         """Bring back all that is missing, and leave a block for what comes next; or nothing."""
         while missing and self.pool.num_free <= len(missing):
-            if not self._relieve(ops) and not self._force(request):
+            if not self._relieve(ops) and not self._force(request, ops):
                 return False
         self.residents.resume(request.session_id, missing, seq, ops)
         return True
@@ -206,48 +208,71 @@ class Memory:
                 return num_slots
         return 0
 
-    def _force(self, request: Request) -> bool:
+    def _force(self, request: Request, ops: list[BlockOp]) -> bool:
         """Let a session give up its blocks, unless there is more to park or to compress in the next
         step."""
         is_spent = self._is_parking_spent or self._ladder.is_spent
-        return not is_spent and self._make_way(request)
+        return not is_spent and self._make_way(request, ops)
 
-    def _make_way(self, request: Request) -> bool:
+    def _make_way(self, request: Request, ops: list[BlockOp]) -> bool:
         """Let one session give up its blocks, if there is one that has to."""
         roster = self._roster
         for is_pinned in (False, True):
             if is_pinned and not roster.is_first(request):
                 break  # somebody before it will end
             spared = set[int]() if is_pinned else roster.pinned
-            if resident := self.residents.drop_coldest(roster.foreground, spared):
-                # A waiting request's prefix is found again in every step: that is no loss.
-                self._counters.num_drops += resident.request_id is None
-                return True
+            session_id = self.residents.coldest(roster.foreground, spared)
+            if session_id is not None:
+                return self._give_up(session_id, ops)
             if victim := roster.victim(request, is_pinned):
                 self.preempt(victim)
                 return True
         return False
 
-    def _relieve(self, ops: list[BlockOp]) -> bool:
-        """Let an idle session, or else a span, take less of the pool.
+    def _give_up(self, session_id: int, ops: list[BlockOp]) -> bool:
+        """Take the blocks of a session that is idle or waits to run. It is parked, where need be in
+        place of colder ones, or dropped. False: it would be parked, but in the next step."""
+        roster, leaving = self._roster, None
+        if session_id != roster.foreground:
+            leaving = self.residents.find_leaving(session_id, self._unparkable)
+        if leaving is not None:
+            return self._park(session_id, leaving, ops)
+        resident = self.residents.drop_at_once(session_id)
+        # A waiting request's prefix is found again in every step: that is no loss.
+        self._counters.num_drops += resident.request_id is None
+        return True
 
-        Parking takes of the step's slice as compression does, but a session is parked whole: as the
+    @property
+    def _unparkable(self) -> set[int]:
+        """Sessions that are best where they are: pinned, or on screen."""
+        roster = self._roster
+        return roster.pinned if roster.foreground is None else {*roster.pinned, roster.foreground}
+
+    def _park(self, session_id: int, leaving: list[int], ops: list[BlockOp]) -> bool:
+        """Park a session in place of those that leave.
+
+        That takes of the step's slice as compression does, but a session is parked whole: as the
         first thing of a step it may be longer than the slice, else it waits for the next step."""
-        roster, moved = self._roster, self._num_moved_tokens
-        slice_tokens = self._config.kv.slice_tokens
-        spared = roster.pinned if roster.foreground is None else {*roster.pinned, roster.foreground}
-        found = self.residents.find_parkable(spared)
-        if found is None:
-            is_used_up = bool(self._ladder.rungs) and moved >= slice_tokens
-            self._is_parking_spent = is_used_up and any(isinstance(op, ParkBlock) for op in ops)
-            return not self._is_parking_spent and self._compress(ops)
-        session_id, num_tokens = found
-        self._is_parking_spent = moved > 0 and moved + num_tokens > slice_tokens
+        resident = self.residents.get(session_id)
+        assert resident is not None, f"{session_id=} holds nothing"
+        moved, num_tokens = self._num_moved_tokens, resident.seq.num_tokens
+        self._is_parking_spent = moved > 0 and moved + num_tokens > self._config.kv.slice_tokens
         if self._is_parking_spent:
             return False
-        self.residents.park(session_id, ops)
+        self.residents.park(session_id, leaving, ops)
+        self._counters.num_drops += len(leaving)
         self._num_moved_tokens += num_tokens
         return True
+
+    def _relieve(self, ops: list[BlockOp]) -> bool:
+        """Let an idle session, or else a span, take less of the pool."""
+        session_id = self.residents.find_parkable(self._unparkable)
+        if session_id is not None:
+            return self._park(session_id, [], ops)
+        is_used_up = self._num_moved_tokens >= self._config.kv.slice_tokens
+        is_used_up = bool(self._ladder.rungs) and is_used_up
+        self._is_parking_spent = is_used_up and any(isinstance(op, ParkBlock) for op in ops)
+        return not self._is_parking_spent and self._compress(ops)
 
     def _compress(self, ops: list[BlockOp]) -> bool:
         compression = self._ladder.compress()

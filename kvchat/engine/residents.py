@@ -118,31 +118,36 @@ class Residents:
             self._arena.resume(parked, missing, seq, ops)
             self._ladder.touch(seq)
 
-    def find_parkable(self, spared: set[int]) -> tuple[int, int] | None:
-        """(session id, tokens) of what was idle for longest and fits into the arena; not the spared
-        sessions, nor those that wait to run. Call `settle` first.
-
-        Tables are long: who shares more than half of its blocks is looked at again when blocks were
-        given back, or when so many were compressed that it may be no more than half.
-        """
+    def find_parkable(self, spared: set[int]) -> int | None:
+        """The session that was idle for longest and fits into the arena; not the spared ones, nor
+        those that wait to run. Call `settle` first."""
         if not self._arena.num_free:
             return None
-        if self._num_copies != self._pool.counters.num_copies:  # a shared tail was given back
-            self._num_copies = self._pool.counters.num_copies
-            self._num_own.clear()
         for session_id, resident in self._held.items():
-            seq = resident.seq
             is_kept = session_id in self._waiting or session_id in spared
-            is_shared = 2 * self._num_own.get(session_id, seq.num_blocks) < seq.num_blocks
-            if is_kept or is_shared or not self._arena.has_room(seq):
+            if is_kept or not self._arena.has_room(resident.seq):
                 continue
-            self._num_own[session_id] = self._arena.num_own(seq)
-            if 2 * self._num_own[session_id] >= seq.num_blocks:
-                return session_id, seq.num_tokens
+            if self._owns_half(session_id, resident.seq):
+                return session_id
         return None
 
-    def park(self, session_id: int, ops: list[BlockOp]) -> None:
-        """Let a session that `find_parkable` has just found wait in the arena."""
+    def find_leaving(self, session_id: int, spared: set[int]) -> list[int] | None:
+        """The sessions, coldest first, that have to leave the arena so that this one can be parked
+        there; not the spared ones, nor those that wait to run. None if that is not enough, or if
+        parking it would free too little. Call `settle` first."""
+        seq = self._held[session_id].seq
+        if seq.num_blocks > self._arena.num_slots or not self._owns_half(session_id, seq):
+            return None
+        parked_ids = [i for i in self._parked if i not in self._waiting and i not in spared]
+        num_leaving = self._arena.num_leaving(seq, (self._parked[i] for i in parked_ids))
+        return None if num_leaving is None else parked_ids[:num_leaving]
+
+    def park(self, session_id: int, leaving: list[int], ops: list[BlockOp]) -> None:
+        """Let a session wait in the arena, for which those that are `leaving` make room, as
+        `find_parkable` or `find_leaving` has just said."""
+        for parked_id in leaving:
+            self.drop(parked_id)
+        self._arena.counters.num_displaced += len(leaving)
         resident = self._held.pop(session_id)
         self._parked[session_id] = self._arena.park(resident.seq, resident.token_ids, ops)
         self.free(resident.seq)
@@ -198,15 +203,18 @@ class Residents:
         if parked := self._parked.pop(session_id, None):
             self._arena.release(parked)
 
-    def drop_coldest(self, last_session_id: int | None, spared: set[int]) -> Resident | None:
-        """Free, at once, what was idle for longest, then what waits to run, the last session last
-        and the spared ones not at all; None: none left."""
+    def coldest(self, last_session_id: int | None, spared: set[int]) -> int | None:
+        """What was idle for longest, then what waits to run, the last session last and the spared
+        ones not at all; None: none left."""
         held_ids = [held_id for held_id in self._held if held_id not in spared]
-        if not held_ids:
-            return None
-        session_id = min(
-            held_ids, key=lambda held_id: (held_id == last_session_id, held_id in self._waiting)
+        return min(
+            held_ids,
+            key=lambda held_id: (held_id == last_session_id, held_id in self._waiting),
+            default=None,
         )
+
+    def drop_at_once(self, session_id: int) -> Resident:
+        """Forget a session that is not parked, and free what it held."""
         resident = self._held.pop(session_id)
         self.free(resident.seq)
         return resident
@@ -251,6 +259,20 @@ class Residents:
         if not parked.token_ids:
             del self._parked[session_id]
         return num_lost
+
+    def _owns_half(self, session_id: int, seq: Sequence) -> bool:
+        """At least half of its blocks would be free if it were parked.
+
+        Tables are long: who shares more than half of its blocks is looked at again when blocks were
+        given back, or when so many were compressed that it may be no more than half.
+        """
+        if self._num_copies != self._pool.counters.num_copies:  # a shared tail was given back
+            self._num_copies = self._pool.counters.num_copies
+            self._num_own.clear()
+        if 2 * self._num_own.get(session_id, seq.num_blocks) < seq.num_blocks:
+            return False
+        num_own = self._num_own[session_id] = self._arena.num_own(seq)
+        return 2 * num_own >= seq.num_blocks
 
     def _cut(self, seq: Sequence, num_tokens: int) -> None:
         self._num_own.clear()

@@ -64,6 +64,7 @@ class EngineStats:
     num_host_blocks: int = 0  # places for blocks of idle sessions in main memory
     num_host_blocks_used: int = 0
     num_parks: int = 0  # sessions put there
+    num_displaced: int = 0  # sessions that were dropped there for one that was used later
     num_resumes: int = 0  # sessions that came back
     num_parked_blocks: int = 0  # copied there, and
     num_restored_blocks: int = 0  # copied back: the others were still in the pool

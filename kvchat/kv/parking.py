@@ -6,6 +6,8 @@ several that were forked from one another share slots, and each counts its own r
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ class ParkingCounters:
     """Counted since the start."""
 
     num_parks: int = 0  # sessions
+    num_displaced: int = 0  # of which left the arena for one that was used later
     num_resumes: int = 0  # of which something was restored
     num_parked_blocks: int = 0
     num_restored_blocks: int = 0
@@ -59,6 +62,20 @@ class HostArena:
     def has_room(self, seq: Sequence) -> bool:
         """There are slots for all of its blocks."""
         return seq.num_blocks <= len(self._free)
+
+    def num_leaving(self, seq: Sequence, parked: Iterable[Parked]) -> int | None:
+        """How many of these, from the first on, would have to be released to make room for seq;
+        None if all were too few. What they share with others frees no slot."""
+        num_leaving, num_free = 0, len(self._free)
+        num_refs = Counter[int]()
+        for record in parked:
+            if num_free >= seq.num_blocks:
+                break
+            for block in record.blocks:
+                num_refs[block.slot] += 1
+                num_free += num_refs[block.slot] == self._ref_counts[block.slot]
+            num_leaving += 1
+        return num_leaving if num_free >= seq.num_blocks else None
 
     def num_own(self, seq: Sequence) -> int:
         """Blocks that nobody else holds: what parking it would free."""

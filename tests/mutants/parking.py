@@ -98,6 +98,24 @@ WALKED = [
     ),
     _mutant(
         PARKING,
+        "what others share counts as freed",
+        ("+= num_refs[block.slot] == self._ref_counts[block.slot]", "+= 1"),
+    ),
+    _mutant(
+        PARKING,
+        "one more than needed leaves",
+        (
+            "            if num_free >= seq.num_blocks:\n",
+            "            if num_free > seq.num_blocks:\n",
+        ),
+    ),
+    _mutant(
+        PARKING,
+        "some leave though all are not enough",
+        ("return num_leaving if num_free >= seq.num_blocks else None", "return num_leaving"),
+    ),
+    _mutant(
+        PARKING,
         "parked though most of it stays",
         ("2 * self.num_own(seq) >= seq.num_blocks", "self.num_own(seq) > 0"),
     ),
@@ -127,6 +145,11 @@ SIMULATED = [
             "            return 0\n",
         ),
         ("                self._trim_parked(session_id, num_common)\n", "                pass\n"),
+    ),
+    _mutant(
+        RESIDENTS,
+        "nobody leaves the arena",
+        ("        for parked_id in leaving:\n            self.drop(parked_id)\n", ""),
     ),
     _mutant(
         MEMORY,

@@ -67,8 +67,8 @@ MUTANTS = [
     _memory(
         "idle sessions never give way",
         (
-            "if resident := self.residents.drop_coldest(roster.foreground, spared):",
-            "if resident := None:",
+            "            if session_id is not None:\n                return self._give_up",
+            "            if False:\n                return self._give_up",
         ),
     ),
     _memory(
@@ -135,7 +135,7 @@ MUTANTS = [
     _scheduler("a launched step's tables are cut", ("if not self._launched:", "if True:")),
     _memory(
         "after a failed step sessions keep what it was to write",
-        ("while self.residents.drop_coldest(None, set()):", "while False:"),
+        ("while (session_id := self.residents.coldest(None, set())) is not None:", "while False:"),
     ),
     _scheduler(
         "the stop token is missed", ("token_id in sampling.stop_token_ids and", "False and")
