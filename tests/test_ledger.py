@@ -12,10 +12,13 @@ from test_build import OPTIONS, build
 from tiny_model import write_tiny_model
 
 from kvchat.config import SamplingParams
+from kvchat.engine.device import GpuBytes
 from kvchat.engine.ledger import read_ledger
 from kvchat.engine.request import Request
 from kvchat.engine.storage import num_bytes, num_bytes_outside, ranges_of
+from kvchat.engine.workspace import CUBLAS_BYTES
 from kvchat.kv.layout import Codec, unpack_entry
+from kvchat.terminal.memory_views import ledger_lines
 
 KV = {"kv_mem": "160KiB", "kv_cache": "auto4", "kv_window": 16, "kv_sink": 16, "force": True}
 
@@ -156,6 +159,39 @@ def test_a_closed_engine_answers_nobody(pressed):
     assert waiting.cancelled()
 
 
+def test_of_a_gpu_every_byte_in_use_has_a_row(pressed):
+    """As if the tensors were on one."""
+    tensors, scheduler = pressed._runner.count_bytes(), pressed._scheduler
+    named = tensors.payload + tensors.side + tensors.scratch + tensors.weights
+    gpu = GpuBytes(named + 5_000, named + 2_000_000, 512, named + 700_000_000)
+
+    ledger = read_ledger(scheduler, tensors._replace(gpu=gpu))
+
+    assert ledger.problems == ()
+    beside = {"block tables", "host"}  # in main memory
+    on_gpu = [entry for entry in ledger.entries if entry.part not in beside]
+    assert sum(entry.num_bytes for entry in on_gpu) == gpu.used
+    told = {entry.what: entry.num_bytes for entry in on_gpu if entry.part in ("torch", "CUDA")}
+    assert [*told.values()] == [5_000, 1_995_000, 700_000_000 - 2_000_000 - 512]
+    lines = ["".join(text for _, text in line) for line in ledger_lines(ledger)]
+    assert any(line.startswith("CUDA ") and "context, kernels" in line for line in lines)
+    assert f"of the GPU {gpu.used:,} are in use, {gpu.allocated:,} of them given" in lines[-2]
+
+
+def test_gpu_memory_that_nobody_knows_of_is_a_problem(pressed):
+    tensors, scheduler = pressed._runner.count_bytes(), pressed._scheduler
+    named = tensors.payload + tensors.side + tensors.scratch + tensors.weights
+
+    def problems(allocated):
+        gpu = GpuBytes(allocated, allocated, 0, allocated)
+        return read_ledger(scheduler, tensors._replace(gpu=gpu)).problems
+
+    most = int(1.01 * named) + CUBLAS_BYTES
+    assert problems(named) == problems(most) == ()
+    assert problems(most + 1)[0].endswith(f"torch has given out {most + 1:,}")
+    assert problems(named - 1)[0].startswith(f"GPU: {named:,} bytes are known of")
+
+
 class Holder:
     """Of kvchat's own, as far as the walk knows."""
 
@@ -176,3 +212,4 @@ def test_memory_is_counted_once_however_often_it_is_seen():
     assert num_bytes_outside(ranges_of(seen), ranges_of(tensor[1:])) == 400
     assert num_bytes([(0, 10), (5, 7), (9, 12), (20, 21)]) == 13
     assert num_bytes(ranges_of(sys)) == 0
+    assert ranges_of(seen, on_gpu=True) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +114,29 @@ def device_memory(device: str) -> int:
 
     free, _ = torch.cuda.mem_get_info()
     return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+class GpuBytes(NamedTuple):
+    """What stands in a GPU's memory, as those tell who hand it out."""
+
+    allocated: int  # torch: given out
+    reserved: int  # torch: taken from the driver
+    cupy: int  # CuPy's pool
+    used: int  # of all the memory: these, the CUDA context, loaded modules, other programs
+
+
+def gpu_bytes() -> GpuBytes:
+    """Asked of torch, CuPy and the driver; a CuPy that is not in use has nothing."""
+    import torch
+
+    cupy = sys.modules.get("cupy")
+    free, total = torch.cuda.mem_get_info()
+    return GpuBytes(
+        torch.cuda.memory_allocated(),
+        torch.cuda.memory_reserved(),
+        cupy.get_default_memory_pool().total_bytes() if cupy else 0,
+        total - free,
+    )
 
 
 def device_name(device: str) -> str:

@@ -8,9 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from kvchat.engine.device import GpuBytes
 from kvchat.engine.scheduler import Scheduler
+from kvchat.engine.workspace import CUBLAS_BYTES
 from kvchat.kv.layout import Codec, unpack_entry
 from kvchat.kv.planner import resident_memory
+
+# By whether it is on a GPU.
+_SCRATCH = ("attention: RoPE tables, last step's plan", "attention, RoPE and block tables, logits")
 
 
 class TensorBytes(NamedTuple):
@@ -24,8 +29,9 @@ class TensorBytes(NamedTuple):
     block_side: int
     side_used: tuple[int, ...]
     weights: int
-    scratch: int  # attention's: RoPE tables, and the plan and scratch of the last step
+    scratch: int  # what steps keep: RoPE tables, plans; on a GPU tables and logits, too
     host: int  # places for parked blocks in main memory
+    gpu: GpuBytes | None = None  # where the tensors are on one
 
 
 class Entry(NamedTuple):
@@ -45,6 +51,7 @@ class Ledger(NamedTuple):
     totals: dict[str, int]
     problems: tuple[str, ...]
     resident: int | None  # bytes of main memory that the process has
+    gpu: GpuBytes | None = None
 
 
 def read_ledger(scheduler: Scheduler, tensors: TensorBytes) -> Ledger:
@@ -61,13 +68,18 @@ def read_ledger(scheduler: Scheduler, tensors: TensorBytes) -> Ledger:
         *_payload(held, cached, Counter(states), tensors),
         *_side(held + cached, len(states), tensors),
         _tables(scheduler),
-        Entry("scratch", "attention: RoPE tables, last step's plan", None, tensors.scratch),
+        Entry("scratch", _SCRATCH[tensors.gpu is not None], None, tensors.scratch),
         Entry("weights", "the model", None, tensors.weights),
         *_host(scheduler, tensors),
+        *_gpu(tensors),
     )
     totals = {"payload": tensors.payload, "side arrays": tensors.side, "host": tensors.host}
-    problems = (*_wrong_sums(entries, totals), *_wrong_blocks(scheduler, states, held, tensors))
-    return Ledger(entries, totals, problems, resident_memory())
+    problems = (
+        *_wrong_sums(entries, totals),
+        *_wrong_blocks(scheduler, states, held, tensors),
+        *_wrong_gpu(tensors),
+    )
+    return Ledger(entries, totals, problems, resident_memory(), tensors.gpu)
 
 
 def _payload(
@@ -102,6 +114,33 @@ def _host(scheduler: Scheduler, tensors: TensorBytes) -> Iterator[Entry]:
     yield Entry("host", "parked blocks", num_used, num_used * block_bytes)
     if arena.num_slots:
         yield Entry("host", "free places", arena.num_free, arena.num_free * block_bytes)
+
+
+def _gpu(tensors: TensorBytes) -> Iterator[Entry]:
+    """All that is in use of a GPU beside the rows above."""
+    gpu = tensors.gpu
+    if gpu is None:
+        return
+    rest = gpu.allocated - _named_bytes(tensors)
+    yield Entry("torch", "given out beside these: cuBLAS, rounding", None, rest)
+    yield Entry("torch", "kept: graphs, for the next steps", None, gpu.reserved - gpu.allocated)
+    yield Entry("CuPy", "its pool", None, gpu.cupy)
+    others = gpu.used - gpu.reserved - gpu.cupy
+    yield Entry("CUDA", "context, kernels, other programs", None, others)
+
+
+def _named_bytes(tensors: TensorBytes) -> int:
+    return tensors.payload + tensors.side + tensors.scratch + tensors.weights
+
+
+def _wrong_gpu(tensors: TensorBytes) -> Iterator[str]:
+    """What torch has given out against what is known of: up to 1 % may be unknown, and what torch
+    gives to cuBLAS."""
+    if tensors.gpu is None:
+        return
+    named, allocated = _named_bytes(tensors), tensors.gpu.allocated
+    if not named <= allocated <= 1.01 * named + CUBLAS_BYTES:
+        yield f"GPU: {named:,} bytes are known of, torch has given out {allocated:,}"
 
 
 def _tables(scheduler: Scheduler) -> Entry:

@@ -8,6 +8,7 @@ import torch
 
 from kvchat.attention import AttentionBackend, AttentionBatch
 from kvchat.config import NULL_BLOCK_ID
+from kvchat.engine.device import gpu_bytes
 from kvchat.engine.ledger import TensorBytes
 from kvchat.engine.request import Batch, Request, Row
 from kvchat.engine.sampler import Draw, Sampler
@@ -74,8 +75,11 @@ class Runner:
 
     def count_bytes(self) -> TensorBytes:
         """What the tensors take, counted on their memory; not while a step is computed."""
-        cache, layout = self._cache, self._cache.layout
-        pool, weights = ranges_of(cache), ranges_of(self._decoder)
+        cache, layout, decoder = self._cache, self._cache.layout, self._decoder
+        is_gpu = decoder.device.type == "cuda"
+        pool = ranges_of(cache)
+        weights = ranges_of(decoder.layers, decoder.norm, decoder.embedding, decoder.lm_head)
+        kept = ranges_of(self, on_gpu=True) if is_gpu else ranges_of(self._backend)
         block_payload = cache.payload[NULL_BLOCK_ID].nbytes
         return TensorBytes(
             num_blocks=cache.num_blocks,
@@ -89,8 +93,9 @@ class Runner:
                 if codec <= layout.lowest
             ),
             weights=num_bytes(weights),
-            scratch=num_bytes_outside(ranges_of(self._backend), pool + weights),
+            scratch=num_bytes_outside(kept, pool + weights),
             host=cache.num_host_bytes,
+            gpu=gpu_bytes() if is_gpu else None,
         )
 
     def _known_ids(self, request: Request, start: int, end: int) -> list[int]:

@@ -11,9 +11,9 @@ from torch import Tensor
 Range = tuple[int, int]
 
 
-def ranges_of(*roots: object) -> list[Range]:
+def ranges_of(*roots: object, on_gpu: bool = False) -> list[Range]:
     """The memory of all tensors and arrays that kvchat's own objects lead to from the roots:
-    whole storages, also where only a part is looked at."""
+    whole storages, also where only a part is looked at. on_gpu: those on a GPU alone."""
     ranges, waiting, seen = [], list(roots), set[int]()
     while waiting:
         item = waiting.pop()
@@ -21,10 +21,12 @@ def ranges_of(*roots: object) -> list[Range]:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
+            if on_gpu and not item.is_cuda:
+                continue
             storage = item.untyped_storage()
             ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         elif isinstance(item, np.ndarray):
-            ranges.append(_range_of_array(item))
+            ranges += [] if on_gpu else [_range_of_array(item)]
         else:
             waiting += _members(item)
     return ranges

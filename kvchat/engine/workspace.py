@@ -21,7 +21,7 @@ from kvchat.kv.layout import BlockLayout
 from kvchat.model.sizes import DEQUANTISED_VALUES
 
 # torch gives cuBLAS 32 MiB for each stream that computes: the usual one, and that of captures.
-_CUBLAS_BYTES = 2 * 32 * 2**20
+CUBLAS_BYTES = 2 * 32 * 2**20
 # Kernels that the driver loads when they are first used, and what it keeps for a captured graph.
 _DRIVER_BYTES = 256 * 2**20
 _INT, _FLOAT = 4, 4
@@ -69,7 +69,7 @@ def cuda_workspace(
         gathered=_gathered_bytes(config, caps, size),
         decode=_decode_bytes(config, layout, caps),
         tables=caps.num_rows * entries * _INT + caps.max_len * config.head_dim * _FLOAT,
-        products=_CUBLAS_BYTES
+        products=CUBLAS_BYTES
         + (max(DEQUANTISED_VALUES, widest) * size if weights == "int8" else 0),
         graphs=caps.num_rows * (token_bytes(config, size) + logits),
         driver=_DRIVER_BYTES,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvchat.chat.session import Session
 from kvchat.engine.build import EngineFacts
+from kvchat.engine.device import GpuBytes
 from kvchat.engine.history import Compressed
 from kvchat.engine.ledger import Ledger
 from kvchat.engine.stats import BlockOwner, EngineStats, SessionKV
@@ -323,12 +324,21 @@ def ledger_lines(ledger: Ledger) -> list[Line]:
         *lines,
         [("", f"adds up: the tensors have {parts};")],
         [("", "the blocks that the chats' tables name are those that the map says are held")],
-        *_resident(ledger.resident),
+        *_gpu(ledger.gpu),
+        *_resident(ledger.resident, ledger.gpu is not None),
     ]
 
 
-def _resident(num_bytes: int | None) -> list[Line]:
+def _gpu(gpu: GpuBytes | None) -> list[Line]:
+    if gpu is None:
+        return []
+    text = f"of the GPU {gpu.used:,} are in use, {gpu.allocated:,} of them given out by torch"
+    return [[("", text)]]
+
+
+def _resident(num_bytes: int | None, has_gpu: bool) -> list[Line]:
     if num_bytes is None:
         return []
-    text = f"in memory {format_size(num_bytes)}: of the above what was touched, Python, libraries"
+    of_above = "tables, what is parked" if has_gpu else "of the above what was touched"
+    text = f"in memory {format_size(num_bytes)}: {of_above}, Python, libraries"
     return [[("dim", text)]]
