@@ -18,6 +18,8 @@ from kvchat.config import KVPolicy, SchedulerConfig
 from kvchat.errors import UsageError
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
+from kvchat.model.families import tensor_shapes
+from kvchat.model.sizes import weight_bytes
 from kvchat.terminal.show import Show
 
 GIB = 2**30
@@ -113,6 +115,20 @@ def test_weights_of_a_model_are_those_of_its_header_in_the_dtype_that_runs(tmp_p
     assert narrow["plans"]["native"]["weights"] * 2 == weights
 
 
+def test_int8_weights_are_counted_and_suggested_on_a_gpu():
+    asked = ("--shape", "llama3-8b", "--mem", "16GiB", "--device", "cuda")
+
+    wide, narrow = as_json(*asked), as_json(*asked, "--weights", "int8")
+
+    config = find_shape("llama3-8b")
+    assert wide["plans"]["native"]["weights"] == weight_bytes(config, "bfloat16")
+    assert narrow["plans"]["native"]["weights"] == weight_bytes(config, "bfloat16", "int8")
+    assert not wide["fits"] and narrow["fits"]
+    assert "--weights int8" in [found["change"] for found in wide["suggestions"]]
+    code, _, err = command("--shape", "llama3-8b", "--weights", "int8")
+    assert code == 2 and "--weights int8 is for a GPU: add --device cuda" in err
+
+
 def test_no_weights_are_read(tmp_path):
     """A model whose tensors are 13 GB of hole: reading it would take many seconds."""
     config = find_shape("llama2-7b")
@@ -128,7 +144,7 @@ def test_no_weights_are_read(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     header, at = {}, 0
-    for name, shape in plan.tensor_shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         end = at + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [at, end]}
         at = end

@@ -10,7 +10,9 @@ import click
 
 from kvchat import paths
 from kvchat.bench.flags import bench_flags, refuse_before_subcommand
+from kvchat.config import DTYPE_BYTES
 from kvchat.errors import UsageError
+from kvchat.model.sizes import WEIGHTS
 
 
 class Show(Protocol):
@@ -37,7 +39,7 @@ def shipped_model() -> str:
 @click.command(short_help="Measure what compressed KV costs a model.")
 @click.argument("model", required=False)
 @click.option("--text", type=click.Path(path_type=Path), help="Plain text, or .jsonl of chats.")
-@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
 )
@@ -111,6 +113,26 @@ def bench_kernels(show: Show) -> None:
     show.answer(format_kernels(run_kernel_bench(show.progress)) + "\n", is_last=True)
 
 
+@bench.command("decode")
+@click.option("-m", "--model", help="Default: the model that ships with kvchat.")
+@click.option("--shape", help="Random weights of a well-known shape: llama3-8b, ...")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPE_BYTES]), default="auto")
+@click.option("--block", type=click.Choice(["16", "32"]), default="16", help="Tokens.")
+@click.option("--case", "cases", multiple=True, help="SESSIONSxTOKENS[:MODE], as 8x4096:int8.")
+@click.option("-p", "--prompt", "prompts", multiple=True, type=click.IntRange(1, 1_000_000))
+@click.option("--steps", "num_steps", type=click.IntRange(1, 10_000), default=64)
+@click.option("-r", "--reps", type=click.IntRange(1, 1000), default=5, help="Of a prompt.")
+@click.option("-o", "--output", type=click.Choice(["text", "jsonl"]), default="text")
+@click.pass_obj
+def bench_decode(show: Show, **flags: Any) -> None:  # noqa: ANN401
+    """Tokens a second of many chats that all generate (--case), and of prompts alone (-p)."""
+    from kvchat.bench.decode import DecodeFlags, lines
+
+    model = None if flags["shape"] else flags.pop("model") or shipped_model()
+    for line in lines(DecodeFlags(**{**flags, "model": model}), show.progress):
+        show.answer(line + "\n")
+
+
 @bench.command("codecs")
 @click.pass_obj
 def bench_codecs(show: Show) -> None:
@@ -158,6 +180,7 @@ def layouts(show: Show, **flags: Any) -> None:  # noqa: ANN401
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"
 )
+@click.option("--weights", type=click.Choice(WEIGHTS), default="auto", help="int8: on a GPU.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--block-size", type=click.Choice(["16", "32"]), default="16", help="Tokens a block.")
 @click.option("--mix", metavar="N,N,...", help="Tokens of chats, for paged against contiguous.")

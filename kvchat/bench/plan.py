@@ -15,9 +15,12 @@ from pathlib import Path
 
 from kvchat.bench.shapes import find_shape
 from kvchat.config import DTYPE_BYTES, KVPolicy, KVSpec, ModelConfig
+from kvchat.engine.fit import CPU_STEP, step_sizes
+from kvchat.engine.workspace import StepCaps, cuda_workspace
 from kvchat.errors import UsageError, quoted
 from kvchat.kv.layout import BlockLayout, Codec
-from kvchat.model.families import auto_dtype, check_tensors, parse_config, tensor_shapes
+from kvchat.model.families import auto_dtype, check_tensors, parse_config
+from kvchat.model.sizes import num_values, weight_bytes
 from kvchat.model.source import resolve
 
 MATRIX_SESSIONS = (1, 2, 4, 8, 16, 32, 64)
@@ -50,7 +53,7 @@ class Ask:
     dtype: str = "float16"
     device: str = "cpu"  # or cuda
     block_size: int = 16
-    max_num_batched_tokens: int = 512
+    weights: str = "auto"  # or int8
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,13 @@ def load_model(target: str) -> PlanModel:
     source = resolve(target)
     config = parse_config(source)
     check_tensors(source, config)
-    return PlanModel(source.name, config, _num_values(config), source.stored_bytes())
+    return PlanModel(source.name, config, num_values(config), source.stored_bytes())
 
 
 def load_shape(name: str) -> PlanModel:
     """A well-known model of which nothing need be on this disk."""
     config = find_shape(name)
-    return PlanModel(name.lower(), config, _num_values(config), None)
+    return PlanModel(name.lower(), config, num_values(config), None)
 
 
 def choose_dtype(model: PlanModel, asked: str, device: str, mem: int) -> str:
@@ -151,17 +154,30 @@ def modes(config: ModelConfig) -> tuple[Codec, ...]:
 def make_plan(model: PlanModel, ask: Ask) -> Plan:
     """Every item of `ask` in bytes."""
     layout = layout_of(model.config, ask)
-    num_blocks = pool_blocks(layout, ask)
-    is_cuda = ask.device != "cpu"
+    weights = weight_bytes(model.config, ask.dtype, ask.weights)
+    workspace, logits, num_step_tokens = _step_items(model.config, layout, ask, weights)
+    num_blocks = pool_blocks(layout, ask, num_step_tokens)
     return Plan(
         ask=ask,
-        weights=model.num_values * DTYPE_BYTES[ask.dtype],
-        workspace=workspace_bytes(model.config, ask),
-        logits=logits_bytes(model.config, ask),
-        cuda_context=CUDA_CONTEXT_BYTES if is_cuda else 0,
+        weights=weights,
+        workspace=workspace,
+        logits=logits,
+        cuda_context=CUDA_CONTEXT_BYTES if ask.device != "cpu" else 0,
         num_blocks=num_blocks,
         pool=num_blocks * layout.bytes_per_block,
     )
+
+
+def _step_items(
+    config: ModelConfig, layout: BlockLayout, ask: Ask, weights: int
+) -> tuple[int, int, int]:
+    """(workspace, logits, tokens) of a step; on a GPU what a run reserves in so much memory."""
+    if ask.device == "cpu":
+        return workspace_bytes(config, ask), logits_bytes(config, ask), CPU_STEP[0]
+    beside = ask.mem - CUDA_CONTEXT_BYTES - weights
+    sizes = step_sizes(config, layout, (None, None), ask.weights, beside)
+    items = cuda_workspace(config, layout, StepCaps(*sizes, ask.context), ask.weights)
+    return items.total - items.logits - items.driver, items.logits, sizes[0]
 
 
 def session_blocks(layout: BlockLayout, mode: Codec, num_tokens: int) -> int:
@@ -181,34 +197,35 @@ def _session_blocks(
     return num_blocks
 
 
-def pool_blocks(layout: BlockLayout, ask: Ask) -> int:
+def pool_blocks(layout: BlockLayout, ask: Ask, num_step_tokens: int = CPU_STEP[0]) -> int:
     """Blocks of the pool: the sessions', the null block, and for a compressing mode the tokens of
     a step, which are native until it is done."""
-    in_flight = -(-ask.max_num_batched_tokens // ask.block_size) if ask.mode else 0
+    in_flight = -(-num_step_tokens // ask.block_size) if ask.mode else 0
     return 1 + in_flight + ask.num_sessions * session_blocks(layout, ask.mode, ask.context)
 
 
 def workspace_bytes(config: ModelConfig, ask: Ask) -> int:
-    """What a step of max_num_batched_tokens takes beside weights, pool and logits.
+    """What a step on a CPU takes beside weights, pool and logits.
 
     The widest moment of a layer; K and V of one layer of the longest session, gathered for a long
     chunk; the table of angles; the block tables. An estimate: for two shapes in float32 and
-    bfloat16 on a CPU torch's profiler counted from 1 % less to 18 % more.
+    bfloat16 torch's profiler counted from 1 % less to 18 % more.
     """
     size, hidden, ffn = DTYPE_BYTES[ask.dtype], config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = (2 * hidden + 4 * ffn) * size  # x, normed; gate and up, silu(gate), their product
     attention = (2 * hidden + q + 2 * kv) * size + 2 * q * _FLOAT32  # rotated q, attended
     norm = hidden * (size + 3 * _FLOAT32)
-    step = ask.max_num_batched_tokens * max(mlp, attention, norm)
-    scratch = 2 * kv * ask.context * (_FLOAT32 if ask.device == "cpu" else size)
+    step = CPU_STEP[0] * max(mlp, attention, norm)
+    scratch = 2 * kv * ask.context * _FLOAT32
     angles = ask.context * config.head_dim * _FLOAT32
     tables = ask.num_sessions * -(-ask.context // ask.block_size) * 4
     return step + scratch + angles + tables
 
 
 def logits_bytes(config: ModelConfig, ask: Ask) -> int:
-    """One row of logits a session: as computed, and as float32 where that is another dtype."""
+    """On a CPU one row of logits a session: as computed, and as float32 where that is another
+    dtype."""
     size = DTYPE_BYTES[ask.dtype]
     return ask.num_sessions * config.vocab_size * (size + _FLOAT32 * (size != _FLOAT32))
 
@@ -273,10 +290,6 @@ def mix_waste(model: PlanModel, ask: Ask, mix: list[int]) -> list[Waste]:
     ]
 
 
-def _num_values(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
-
-
 def _num_fit(slots: list[int], budget: int) -> int:
     """How many of the chats, over and over, fit the budget (in tokens)."""
     rounds, left = divmod(budget, sum(slots))
@@ -321,22 +334,33 @@ def _single_changes(model: PlanModel, ask: Ask) -> Iterator[tuple[str, Ask]]:
         yield f"--kv-cache {mode.name.lower()}", replace(ask, mode=mode)
     if ask.dtype == "float32":
         yield "--dtype bfloat16", replace(ask, dtype="bfloat16")
+    if ask.device != "cpu" and ask.weights == "auto":
+        yield "--weights int8", replace(ask, weights="int8")
     num_sessions = max_sessions(model, ask)
     yield f"--sessions {num_sessions}", replace(ask, num_sessions=num_sessions)
     context = max_context(model, ask)
     yield f"--ctx {context}", replace(ask, context=context)
-    num_mib = -(-make_plan(model, ask).total // 2**20)
-    more = replace(ask, mem=num_mib * 2**20)
+    more = _with_more_memory(model, ask)
     is_kept = choose_dtype(model, "auto", ask.device, more.mem) == ask.dtype
-    yield f"--mem {num_mib}MiB" + ("" if is_kept else f" --dtype {ask.dtype}"), more
+    yield f"--mem {more.mem // 2**20}MiB" + ("" if is_kept else f" --dtype {ask.dtype}"), more
+
+
+def _with_more_memory(model: PlanModel, ask: Ask) -> Ask:
+    """The same with as much as it needs; on a GPU with more memory steps are larger."""
+    while not (plan := make_plan(model, ask)).fits:
+        ask = replace(ask, mem=-(-plan.total // 2**20) * 2**20)
+    return ask
 
 
 def _double_changes(model: PlanModel, ask: Ask) -> Iterator[tuple[str, Ask]]:
     """For when no single change but more memory helps: the strongest codec and narrow weights."""
-    dtype = "bfloat16" if ask.dtype == "float32" else ask.dtype
-    flags = f"--dtype {dtype} " if dtype != ask.dtype else ""
+    narrow, flags = ask, ""
+    if ask.dtype == "float32":
+        narrow, flags = replace(ask, dtype="bfloat16"), "--dtype bfloat16 "
+    elif ask.device != "cpu" and ask.weights == "auto":
+        narrow, flags = replace(ask, weights="int8"), "--weights int8 "
     for mode in modes(model.config)[ask.mode + 1 :]:
-        best = replace(ask, mode=mode, dtype=dtype)
+        best = replace(narrow, mode=mode)
         name = f"{flags}--kv-cache {mode.name.lower()}"
         if flags:
             yield name, best

@@ -46,6 +46,7 @@ class PlanFlags:
     dtype: str
     device: str
     block_size: str
+    weights: str
     mix: str | None
     output: str
 
@@ -73,6 +74,8 @@ def answer(flags: PlanFlags) -> str:
         raise UsageError(f"--ctx {context}: {model.name} was made for at most {top} tokens")
     available = available_memory()
     mem = parse_size(flags.mem, available) if flags.mem else available
+    if flags.device == "cpu" and flags.weights == "int8":
+        raise UsageError("--weights int8 is for a GPU: add --device cuda and its --mem")
     ask = Ask(
         num_sessions=flags.sessions,
         context=context,
@@ -81,6 +84,7 @@ def answer(flags: PlanFlags) -> str:
         dtype=choose_dtype(model, flags.dtype, flags.device, mem),
         device=flags.device,
         block_size=int(flags.block_size),
+        weights=flags.weights,
     )
     layout_of(model.config, ask)  # heads that this codec cannot store are refused here
     mix = _parse_mix(flags.mix, context) if flags.mix else default_mix(flags.sessions, context)
@@ -163,6 +167,7 @@ def _ask_fields(ask: Ask) -> dict[str, object]:
         "dtype": ask.dtype,
         "device": ask.device,
         "block_size": ask.block_size,
+        "weights": ask.weights,
     }
 
 
@@ -187,8 +192,8 @@ def _header(report: PlanReport) -> list[str]:
     config, ask, stored = report.model.config, report.ask, report.model.stored_bytes
     layers = f"{config.num_layers} layers x {config.num_kv_heads} KV heads x {config.head_dim}"
     lines = [
-        f"# {report.model.name}: {report.model.num_values:,} weights, {layers}, {ask.dtype} on"
-        f" {ask.device}"
+        f"# {report.model.name}: {report.model.num_values:,} weights, {layers}, {ask.dtype}"
+        f"{' with int8 matrices' if ask.weights == 'int8' else ''} on {ask.device}"
     ]
     if stored is not None:
         parts = [f"{format_size(size)} of {dtype}" for dtype, size in stored.items()]

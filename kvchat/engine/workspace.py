@@ -8,14 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from kvchat.attention.paged_decode import (
-    RECORD_HEADER,
-    RECORD_INTS,
-    TILE_HEADS,
-    default_tuning,
-    is_supported,
-    max_splits,
-)
 from kvchat.config import DTYPE_BYTES, ModelConfig
 from kvchat.kv.layout import BlockLayout
 from kvchat.model.sizes import DEQUANTISED_VALUES
@@ -96,6 +88,15 @@ def _gathered_bytes(config: ModelConfig, caps: StepCaps, size: int) -> int:
 
 def _decode_bytes(config: ModelConfig, layout: BlockLayout, caps: StepCaps) -> int:
     """What PagedDecode reserves, and a work list for each window in use."""
+    from kvchat.attention.paged_decode import (
+        RECORD_HEADER,
+        RECORD_INTS,
+        TILE_HEADS,
+        default_tuning,
+        is_supported,
+        max_splits,
+    )
+
     if not is_supported(layout):
         return 0
     group = config.num_heads // config.num_kv_heads
