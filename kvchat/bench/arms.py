@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.build import make_runner
 from kvchat.engine.device import choose_device, device_memory
 from kvchat.engine.engine import Engine, StepRunner
+from kvchat.engine.fit import CPU_STEP, GPU_STEPS
 from kvchat.engine.kv_mode import choose_kv_mode
 from kvchat.engine.request import Event
 from kvchat.engine.runner import Runner
@@ -30,7 +32,6 @@ from kvchat.model.source import Progress, resolve
 from kvchat.model.weights import choose_dtype, load_decoder
 
 WINDOW, SINK = 128, 64
-MAX_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def load_model(
     if shape is not None:
         config, fingerprint = find_shape(shape), shape.encode()
         dtype = _shape_dtype(config, dtype, device)
-        decoder = Decoder(config, _Random(config, dtype).fetch)
+        decoder = Decoder(config, _Random(config, dtype, device).fetch)
         name = f"{shape} (random weights)"
     else:
         assert model is not None, "no model and no shape"
@@ -124,10 +125,21 @@ def load_model(
     return Model(name, config, spec, decoder, device, fingerprint + CODEC_FINGERPRINT, seconds)
 
 
+def max_batch_tokens(device: str) -> int:
+    """Tokens of a step at most, as `kvchat run` has it where nobody chose."""
+    return CPU_STEP[0] if device == "cpu" else GPU_STEPS[0][0]
+
+
 def make_setup(
-    model: Model, mode: str, num_bytes: int, max_tokens: int, max_seqs: int = 256
+    model: Model,
+    mode: str,
+    num_bytes: int,
+    max_tokens: int,
+    max_seqs: int = CPU_STEP[1],
+    num_batched: int | None = None,
 ) -> Setup:
-    """A pool of at most num_bytes in this mode, for chats of up to max_tokens."""
+    """A pool of at most num_bytes in this mode, for chats of up to max_tokens; num_batched tokens
+    in a step, or max_batch_tokens."""
     kv_mode = choose_kv_mode(mode, WINDOW, SINK, model.spec, Codec.INT4)
     layout = BlockLayout(model.spec, kv_mode.lowest)
     num_blocks = num_bytes // layout.bytes_per_block
@@ -136,7 +148,7 @@ def make_setup(
         model.spec.block_size,
         max_tokens,
         max_seqs,
-        MAX_BATCH_TOKENS,
+        num_batched or max_batch_tokens(model.device),
         kv_mode.policy,
     )
     if config.max_request_tokens < max_tokens:
@@ -185,7 +197,7 @@ def make_arm(model: Model, setup: Setup, progress: Progress) -> Arm:
 
 def _shape_dtype(config: ModelConfig, asked: str, device: str) -> str:
     """As for a checkpoint of this shape; CapacityError when its weights are too many."""
-    available = available_memory()
+    available = device_memory(device)
     num_values = sum(_num_values(shape) for shape in tensor_shapes(config).values())
     if asked == "auto":
         asked = auto_dtype(num_values, config.checkpoint_dtype, device, available)
@@ -203,12 +215,13 @@ def _num_values(shape: tuple[int, ...]) -> int:
 
 
 class _Random:
-    """Weights from a seed, of the size that training leaves: activations stay near one."""
+    """Weights from a seed, of the size that training leaves: activations stay near one. Drawn on
+    the device, where an 8B takes a second."""
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, dtype: str, device: str) -> None:
         self._shapes = tensor_shapes(config)
-        self._dtype = getattr(torch, dtype)
-        self._generator = torch.Generator().manual_seed(0)
+        self._kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+        self._generator = torch.Generator(device).manual_seed(0)
 
     def fetch(self, *names: str) -> Tensor:
         """The named tensors stacked along their first dimension."""
@@ -217,6 +230,6 @@ class _Random:
     def _make(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._dtype)
-        made = torch.empty(shape, dtype=self._dtype)
+            return torch.ones(shape, **self._kind)
+        made = torch.empty(shape, **self._kind)
         return made.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)

@@ -128,7 +128,9 @@ def bench_decode(show: Show, **flags: Any) -> None:  # noqa: ANN401
     """Tokens a second of many chats that all generate (--case), and of prompts alone (-p)."""
     from kvchat.bench.decode import DecodeFlags, lines
 
-    model = None if flags["shape"] else flags.pop("model") or shipped_model()
+    if flags["shape"] and flags["model"]:
+        raise UsageError(f"a model and a shape: -m {flags['model']} and --shape {flags['shape']}")
+    model = None if flags["shape"] else flags["model"] or shipped_model()
     for line in lines(DecodeFlags(**{**flags, "model": model}), show.progress):
         show.answer(line + "\n")
 

@@ -16,7 +16,7 @@ from kvchat.model.sizes import num_values, weight_bytes
 CPU_STEP = (512, 256)  # tokens and rows of a step where nobody chose
 # The same on a GPU, from large to small: the first whose workspace leaves most of the memory to
 # the pool.
-_GPU_STEPS = ((2048, 256), (2048, 64), (1024, 32), (512, 16))
+GPU_STEPS = ((2048, 256), (2048, 64), (1024, 32), (512, 16))
 _WORKSPACE_SHARE = 1 / 8
 
 
@@ -30,7 +30,7 @@ def step_sizes(
     """(max_num_batched_tokens, max_num_seqs) on a GPU with so much free beside the weights; what
     was asked for is given."""
     num_tokens, num_rows = asked
-    for default in _GPU_STEPS:
+    for default in GPU_STEPS:
         sizes = num_tokens or default[0], num_rows or default[1]
         needed = cuda_workspace(config, layout, StepCaps(*sizes, _least_len(layout)), weights).total
         if needed <= free * _WORKSPACE_SHARE:
@@ -97,7 +97,7 @@ def _ways_out(
     free: int,
     main_memory: int,
 ) -> Iterator[str]:
-    smallest = min(sizes[0], _GPU_STEPS[-1][0]), min(sizes[1], _GPU_STEPS[-1][1])
+    smallest = min(sizes[0], GPU_STEPS[-1][0]), min(sizes[1], GPU_STEPS[-1][1])
     steps = f"-b {smallest[0]} -np {smallest[1]}"
     for flags, other_sizes, other in (
         (steps, smallest, weights),
