@@ -1,6 +1,7 @@
 """Matrices as int8: what becomes int8, how large the error is, and what it costs a model."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from test_loading import change_config, change_weights, load
 from tiny_model import write_tiny_model
 
 from kvchat.attention import AttentionBatch
-from kvchat.errors import ModelError
-from kvchat.model.families import parse_config
+from kvchat.bench import arms
+from kvchat.bench.arms import _Random
+from kvchat.bench.shapes import find_shape
+from kvchat.engine.device import Choice
+from kvchat.errors import CapacityError, ModelError
+from kvchat.model.families import parse_config, tensor_shapes
 from kvchat.model.linear import Quantised
-from kvchat.model.sizes import weight_bytes
+from kvchat.model.sizes import is_quantised, weight_bytes
 from kvchat.model.source import resolve
 from kvchat.model.weights import load_decoder
 
@@ -138,3 +143,29 @@ def test_the_shipped_model_stays_what_it_is():
     print(f"KL mean {kl.mean():.5f}, p99 {kl.quantile(0.99):.5f}, top-1 {agreement:.4f}")
     assert 0 < kl.mean() < 0.0005 and kl.quantile(0.99) < 0.01
     assert agreement > 0.99
+
+
+def test_random_weights_of_a_shape_are_int8_where_a_models_are():
+    config = replace(find_shape("stories15m"), num_layers=1)
+    shapes = tensor_shapes(config)
+
+    made = {name: _Random(config, "float16", "cpu", "int8").fetch(name) for name in shapes}
+
+    for name, tensor in made.items():
+        assert isinstance(tensor, Quantised) == is_quantised(name), name
+    assert sum(is_quantised(name) for name in shapes) >= 7
+    parts = [part for x in made.values() for part in (x if isinstance(x, Quantised) else [x])]
+    assert sum(part.nbytes for part in parts) == weight_bytes(config, "float16", "int8")
+
+
+def test_a_shape_that_fits_as_int8_alone_says_so(monkeypatch):
+    config = find_shape("llama3-8b")
+    monkeypatch.setattr(arms, "choose_device", lambda *asked: Choice("cuda"))
+    monkeypatch.setattr(arms, "device_memory", lambda device: 10 * 2**30)
+
+    with pytest.raises(CapacityError, match=r"use --weights int8 \(8.0 GiB\)$"):
+        arms.load_model(None, "llama3-8b", "auto", 16, lambda *at: None)
+    assert weight_bytes(config, "bfloat16", "int8") < 10 * 2**30
+    monkeypatch.setattr(arms, "device_memory", lambda device: 7 * 2**30)
+    with pytest.raises(CapacityError, match=r"use a smaller model or shape$"):
+        arms.load_model(None, "llama3-8b", "auto", 16, lambda *at: None)

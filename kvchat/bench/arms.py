@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,10 +28,21 @@ from kvchat.kv.layout import BlockLayout, Codec
 from kvchat.kv.planner import available_memory, format_size
 from kvchat.model.decoder import Decoder
 from kvchat.model.families import auto_dtype, parse_config, tensor_shapes
+from kvchat.model.linear import Quantised, quantise
+from kvchat.model.sizes import is_quantised, num_values, weight_bytes
 from kvchat.model.source import Progress, resolve
 from kvchat.model.weights import choose_dtype, load_decoder
 
 WINDOW, SINK = 128, 64
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a model is computed with: flags of `kvchat run`."""
+
+    device: str = "auto"
+    weights: str = "auto"
+    use_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Model:
     device: str
     fingerprint: bytes
     load_s: float
+    use_graphs: bool = True  # on a GPU
 
     @property
     def weight_bytes(self) -> int:
@@ -102,27 +114,42 @@ class Arm:
 
 
 def load_model(
-    model: str | None, shape: str | None, dtype: str, block_size: int, progress: Progress
+    model: str | None,
+    shape: str | None,
+    dtype: str,
+    block_size: int,
+    progress: Progress,
+    compute: Compute = Compute(),
 ) -> Model:
     """The model of this name, or random weights of this shape. Raises KvchatError."""
     started = time.perf_counter()
-    device = choose_device("auto", dtype).device
+    device = choose_device(compute.device, dtype, compute.weights).device
     if shape is not None:
         config, fingerprint = find_shape(shape), shape.encode()
-        dtype = _shape_dtype(config, dtype, device)
-        decoder = Decoder(config, _Random(config, dtype, device).fetch)
+        dtype = _shape_dtype(config, dtype, device, compute.weights)
+        decoder = Decoder(config, _Random(config, dtype, device, compute.weights).fetch)
         name = f"{shape} (random weights)"
     else:
         assert model is not None, "no model and no shape"
         source = resolve(model, progress)
         config, fingerprint, name = parse_config(source), source.fingerprint, source.name
         dtype = choose_dtype(dtype, source, config, device, available_memory())
+        if weight_bytes(config, dtype, compute.weights) > device_memory(device):
+            _refuse_weights(config, dtype, compute.weights, device, name)
         decoder = load_decoder(
-            source, config, dtype, device, lambda done, total: progress("loading", done, total)
+            source,
+            config,
+            dtype,
+            device,
+            lambda done, total: progress("loading", done, total),
+            compute.weights,
         )
     spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
     seconds = time.perf_counter() - started
-    return Model(name, config, spec, decoder, device, fingerprint + CODEC_FINGERPRINT, seconds)
+    fingerprint += CODEC_FINGERPRINT
+    return Model(
+        name, config, spec, decoder, device, fingerprint, seconds, use_graphs=compute.use_graphs
+    )
 
 
 def max_batch_tokens(device: str) -> int:
@@ -191,41 +218,51 @@ def make_arm(model: Model, setup: Setup, progress: Progress) -> Arm:
         )
     cache = KVCache(model.spec, setup.config.num_blocks, model.device, setup.layout.lowest)
     started = time.perf_counter()
-    runner = make_runner(model.decoder, cache, setup.config, "cpu", frozenset(), progress)
+    runner = make_runner(
+        model.decoder, cache, setup.config, "cpu", frozenset(), progress, model.use_graphs
+    )
     return Arm(setup, cache, runner, time.perf_counter() - started)
 
 
-def _shape_dtype(config: ModelConfig, asked: str, device: str) -> str:
+def _shape_dtype(config: ModelConfig, asked: str, device: str, weights: str) -> str:
     """As for a checkpoint of this shape; CapacityError when its weights are too many."""
     available = device_memory(device)
-    num_values = sum(_num_values(shape) for shape in tensor_shapes(config).values())
     if asked == "auto":
-        asked = auto_dtype(num_values, config.checkpoint_dtype, device, available)
-    needed = num_values * torch.empty(0, dtype=getattr(torch, asked)).element_size()
-    if needed > available:
-        raise CapacityError(
-            f"random weights of this shape need {format_size(needed)} as {asked} and"
-            f" {format_size(available)} are available; choose a smaller --shape"
-        )
+        asked = auto_dtype(num_values(config), config.checkpoint_dtype, device, available)
+    if weight_bytes(config, asked, weights) > available:
+        _refuse_weights(config, asked, weights, device, "random weights of this shape")
     return asked
 
 
-def _num_values(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+def _refuse_weights(
+    config: ModelConfig, dtype: str, weights: str, device: str, name: str
+) -> NoReturn:
+    """CapacityError with the sizes, and int8 weights where these would fit."""
+    needed, available = weight_bytes(config, dtype, weights), device_memory(device)
+    way_out = "a smaller model or shape"
+    int8_bytes = weight_bytes(config, dtype, "int8")
+    if device != "cpu" and weights == "auto" and int8_bytes <= available:
+        way_out = f"--weights int8 ({format_size(int8_bytes)})"
+    raise CapacityError(
+        f"{name} need {format_size(needed)} as {dtype} and {format_size(available)} are available;"
+        f" use {way_out}"
+    )
 
 
 class _Random:
     """Weights from a seed, of the size that training leaves: activations stay near one. Drawn on
     the device, where an 8B takes a second."""
 
-    def __init__(self, config: ModelConfig, dtype: str, device: str) -> None:
+    def __init__(self, config: ModelConfig, dtype: str, device: str, weights: str) -> None:
         self._shapes = tensor_shapes(config)
+        self._is_int8 = weights == "int8"
         self._kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def fetch(self, *names: str) -> Tensor:
-        """The named tensors stacked along their first dimension."""
-        return torch.cat([self._make(name) for name in names])
+    def fetch(self, *names: str) -> Tensor | Quantised:
+        """The named tensors stacked along their first dimension; matrices as int8 if asked."""
+        made = torch.cat([self._make(name) for name in names])
+        return quantise(made) if self._is_int8 and is_quantised(names[0]) else made
 
     def _make(self, name: str) -> Tensor:
         shape = self._shapes[name]

@@ -36,6 +36,16 @@ def shipped_model() -> str:
     return str(folder)
 
 
+def _device(show: Show, asked: str, dtype: str, weights: str = "auto") -> str:
+    """The device to measure on; a GPU that is there and cannot be used is told of."""
+    from kvchat.engine.device import choose_device
+
+    choice = choose_device(asked, dtype, weights)
+    if choice.warning:
+        show.note(f"warning: {choice.warning}")
+    return choice.device
+
+
 @click.command(short_help="Measure what compressed KV costs a model.")
 @click.argument("model", required=False)
 @click.option("--text", type=click.Path(path_type=Path), help="Plain text, or .jsonl of chats.")
@@ -58,6 +68,7 @@ def probe(show: Show, model: str | None, as_json: bool, **flags: Any) -> None:  
     from kvchat.bench.probing import ProbeOptions, report_json, report_lines, run_probe
 
     flags["block_size"] = int(flags["block_size"])
+    flags["device"] = _device(show, flags["device"], flags["dtype"])
     report = run_probe(ProbeOptions(model or shipped_model(), **flags), show.progress)
     text = report_json(report) if as_json else "\n".join(report_lines(report))
     show.answer(text + "\n", is_last=True)
@@ -81,6 +92,7 @@ def bench(context: click.Context, **flags: Any) -> None:  # noqa: ANN401
     if flags["shape"] and flags["model"]:
         raise UsageError(f"a model and a shape: -m {flags['model']} and --shape {flags['shape']}")
     show: Show = context.obj
+    flags["device"] = _device(show, flags["device"], flags["dtype"], flags["weights"])
     with profiling(flags["profile"], show.note) as profiler:
         text = answer(flags, model, show.progress, profiler.watch if profiler else unwatched)
         show.answer(text + "\n", is_last=True)
@@ -117,6 +129,9 @@ def bench_kernels(show: Show) -> None:
 @click.option("-m", "--model", help="Default: the model that ships with kvchat.")
 @click.option("--shape", help="Random weights of a well-known shape: llama3-8b, ...")
 @click.option("--dtype", type=click.Choice(["auto", *DTYPE_BYTES]), default="auto")
+@click.option("--weights", type=click.Choice(WEIGHTS), default="auto", help="int8: on a GPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--no-graphs", is_flag=True, help="On a GPU: capture no CUDA graphs.")
 @click.option("--block", type=click.Choice(["16", "32"]), default="16", help="Tokens.")
 @click.option("--case", "cases", multiple=True, help="SESSIONSxTOKENS[:MODE], as 8x4096:int8.")
 @click.option("-p", "--prompt", "prompts", multiple=True, type=click.IntRange(1, 1_000_000))
@@ -131,6 +146,7 @@ def bench_decode(show: Show, **flags: Any) -> None:  # noqa: ANN401
     if flags["shape"] and flags["model"]:
         raise UsageError(f"a model and a shape: -m {flags['model']} and --shape {flags['shape']}")
     model = None if flags["shape"] else flags["model"] or shipped_model()
+    flags["device"] = _device(show, flags["device"], flags["dtype"], flags["weights"])
     for line in lines(DecodeFlags(**{**flags, "model": model}), show.progress):
         show.answer(line + "\n")
 

@@ -17,7 +17,15 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from kvchat.bench.arms import Arm, Model, load_model, make_arm, make_setup, max_batch_tokens
+from kvchat.bench.arms import (
+    Arm,
+    Compute,
+    Model,
+    load_model,
+    make_arm,
+    make_setup,
+    max_batch_tokens,
+)
 from kvchat.config import KV_RUNGS, KVPolicy, SamplingParams
 from kvchat.engine.engine import StepHandle, StepRunner
 from kvchat.engine.ledger import TensorBytes
@@ -116,6 +124,9 @@ class DecodeFlags:
     num_steps: int
     reps: int
     output: str  # text or jsonl
+    device: str = "auto"
+    weights: str = "auto"
+    no_graphs: bool = False
 
 
 def lines(flags: DecodeFlags, progress: Progress) -> Iterator[str]:
@@ -123,7 +134,8 @@ def lines(flags: DecodeFlags, progress: Progress) -> Iterator[str]:
     cases = [parse_case(text) for text in flags.cases]
     if not cases and not flags.prompts:
         cases = [DecodeCase(8, 512)]
-    model = load_model(flags.model, flags.shape, flags.dtype, int(flags.block), progress)
+    compute = Compute(flags.device, flags.weights, not flags.no_graphs)
+    model = load_model(flags.model, flags.shape, flags.dtype, int(flags.block), progress, compute)
     found: Iterator[DecodeSpeed | PromptSpeed] = chain(
         run_decode_bench(model, cases, flags.num_steps, progress),
         run_prompt_bench(model, flags.prompts, flags.reps, progress),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kvchat.config import DTYPE_BYTES
+from kvchat.model.sizes import WEIGHTS
 
 Decorated = Callable[..., None]
 _PATH = click.Path(path_type=Path)
@@ -17,6 +18,12 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-m", "--model"), {"help": "Default: the model that ships with kvchat."}),
     (("--shape",), {"help": "Random weights of a well-known shape: stories15m, llama3-8b, ..."}),
     (("--dtype",), {"type": click.Choice(["auto", *DTYPE_BYTES]), "default": "auto"}),
+    (("--weights",), {"type": click.Choice(WEIGHTS), "default": "auto", "help": "int8: on a GPU."}),
+    (
+        ("--device",),
+        {"default": "auto", "show_default": True, "help": "auto, cpu, cuda or cuda:N."},
+    ),
+    (("--no-graphs",), {"is_flag": True, "help": "On a GPU: capture no CUDA graphs."}),
     (("--sessions",), {"type": click.IntRange(1, 4096), "default": 8, "show_default": True}),
     (("--turns",), {"type": click.IntRange(1, 1000), "default": 3, "show_default": True}),
     (("--prompt",), {"default": "64-192", "show_default": True, "help": "Tokens of a turn."}),

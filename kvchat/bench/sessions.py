@@ -15,6 +15,7 @@ import torch
 
 from kvchat.bench.arms import (
     Arm,
+    Compute,
     Model,
     Setup,
     least_bytes,
@@ -32,10 +33,11 @@ from kvchat.bench.metrics import RunLog, Speed, measure, median_ratio
 from kvchat.bench.tally import Tally
 from kvchat.bench.trace import TracedChat, Turn
 from kvchat.bench.workload import Script, Workload, make_scripts
+from kvchat.engine.device import device_memory
 from kvchat.engine.profile import Watch, unwatched
 from kvchat.errors import UsageError
 from kvchat.kv.layout import BlockLayout
-from kvchat.kv.planner import available_memory, parse_size
+from kvchat.kv.planner import parse_size
 from kvchat.model.source import Progress
 
 SLICE_S = 0.2
@@ -58,6 +60,7 @@ class BenchOptions:
     reps: int = 5
     warmup: int = 1
     ignore_eos: bool = True
+    compute: Compute = field(default_factory=Compute)
 
 
 @dataclass
@@ -116,7 +119,14 @@ def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatche
     """Measure; `watch` sees every engine that is timed. Raises KvchatError for what can be
     mended."""
     started = time.perf_counter()
-    model = load_model(options.model, options.shape, options.dtype, options.block_size, progress)
+    model = load_model(
+        options.model,
+        options.shape,
+        options.dtype,
+        options.block_size,
+        progress,
+        options.compute,
+    )
     modes = supported_modes(model, list(options.modes))
     scripts = make_scripts(options.workload, model.vocab, model.config.max_position)
     if any(not script.turns for script in scripts):
@@ -169,7 +179,7 @@ def make_setups(
     # of few sessions the share might not hold the longest
     num_bytes = max([num_bytes, *(least_bytes(model, mode, longest) for mode in modes)])
     if options.kv_mem is not None:
-        num_bytes = parse_size(options.kv_mem, available_memory())
+        num_bytes = parse_size(options.kv_mem, device_memory(model.device))
     return [make_setup(model, mode, num_bytes, longest) for mode in modes], num_needed
 
 
