@@ -18,7 +18,8 @@ from kvchat.kv.layout import Codec
 from kvchat.model.families import parse_config
 from kvchat.model.source import resolve
 
-OPTIONS = EngineOptions(backend="reference", kv_mem="512KiB", kv_cache="native")  # 64 blocks
+# 64 blocks
+OPTIONS = EngineOptions("cpu", backend="reference", kv_mem="512KiB", kv_cache="native")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from kvchat import paths
 from kvchat.cli import run_cli
 from kvchat.terminal.show import Show
 
-GREEDY = ("--temp", "0", "-n", "6", "--ignore-eos", "--kv-mem", "4MiB")
+GREEDY = ("--temp", "0", "-n", "6", "--ignore-eos", "--kv-mem", "4MiB", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -226,8 +226,8 @@ def make_runner(
     max_rows = buckets(config.max_num_seqs)[-1]
     cuda = CudaBackend(decoder.config, cache, rope, max_rows, config.max_request_tokens, load)
     cache.use_kernels(cuda.block_ops)
+    runner = CudaRunner(decoder, cache, cuda, sampler, config, use_graphs, load)
     progress("compiling kernels", 1, 1)
-    runner = CudaRunner(decoder, cache, cuda, sampler, config, use_graphs)
     runner.warm_up(lambda done, total: progress("capturing graphs", done, total))
     return runner
 
