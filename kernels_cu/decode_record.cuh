@@ -13,6 +13,6 @@ constexpr int RECORD_SIZE = 4;        // positions of a split of this row; the l
 constexpr int RECORD_SPLIT = 5;       // which split of its row
 constexpr int RECORD_NUM_SPLITS = 6;  // of the row; their records stand one after another
 constexpr int RECORD_HEADER = 8;
-constexpr int MAX_SPLIT = 1024;  // positions
+constexpr int MAX_SPLIT = 2048;  // positions
 constexpr int GRANULE = 16;      // positions that are in one block whatever the block's codec
 constexpr int RECORD_INTS = RECORD_HEADER + MAX_SPLIT / GRANULE;  // blocks of 32: half are unused

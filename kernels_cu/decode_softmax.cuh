@@ -84,11 +84,11 @@ __device__ __forceinline__ void attend_native(Softmax& softmax, float (&x)[MAX_T
 }
 
 #if MAX_CODEC >= 1
-// scales: words 2 and 3 of load_int8_side.
 __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TILES][4],
                                             const u8* values,
-                                            const u32 (&scales)[2], const Unit& unit,
+                                            const Side& side, const Unit& unit,
                                             const int* record, int lane) {
+    u32 scales[2] = {side.zeros()[16 + lane / 4], side.zeros()[24 + lane / 4]};
     mask_scores<2>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {LEAST, LEAST};
 #pragma unroll
@@ -112,12 +112,12 @@ __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TIL
 #if MAX_CODEC == 2
 // The value scales of positions 2 g and 2 g + 1 of a tile, by value group.
 __device__ __forceinline__ void read_v_scales(float (&scales)[2 * NUM_V_GROUPS],
-                                              const uint4 (&v_scales)[8 * NUM_V_GROUPS],
-                                              int tile, int lane) {
+                                              const u32* v_scales, int tile,
+                                              int lane) {
     int first = (GRANULE * tile + lane / 4 * 2) * NUM_V_GROUPS / 2;
 #pragma unroll
     for (int i = 0; i < NUM_V_GROUPS; ++i) {
-        float2 pair = unpack2<half_t>(reinterpret_cast<const u32*>(v_scales)[first + i]);
+        float2 pair = unpack2<half_t>(v_scales[first + i]);
         scales[2 * i] = pair.x;
         scales[2 * i + 1] = pair.y;
     }
@@ -125,8 +125,7 @@ __device__ __forceinline__ void read_v_scales(float (&scales)[2 * NUM_V_GROUPS],
 
 __device__ __forceinline__ void attend_int4(Softmax& softmax, float (&x)[MAX_TILES][4],
                                             const u8* values,
-                                            const uint4 (&v_scales)[8 * NUM_V_GROUPS],
-                                            const Unit& unit,
+                                            const u32* v_scales, const Unit& unit,
                                             const int* record, int lane) {
     mask_scores<4>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {LEAST, LEAST};

@@ -35,15 +35,21 @@ template <int CODEC> struct Form {
     static constexpr int V_WORDS = V_LOAD < 4 ? 1 : V_LOAD / 4;
 };
 
-constexpr int UNIT_BYTES = 32 * HEAD_DIM;  // of keys, and of values
+constexpr int PIECE_BYTES = 32 * HEAD_DIM;  // a unit's keys, or its values
 constexpr int NUM_FORMS = MAX_CODEC ? 3 : 1;  // of q
 constexpr int MAX_TILES = 1 << MAX_CODEC;
-constexpr int SIDE_WORDS = 4;  // of a lane, for INT8
 
+// entry: of the table (kv/layout.py), its two highest bits used for flags.
+constexpr u32 IS_EMPTY = 1u << 30, IS_LAST = 1u << 31;
 struct Unit {
-    u32 entry;     // of the table, see kv/layout.py
-    int position;  // of its first row; -1: there is no unit
-    __device__ __forceinline__ int codec() const { return MAX_CODEC ? int(entry >> 28) : NATIVE; }
+    u32 entry;
+    int position;     // of its first row
+    const u8* keys;   // in global memory
+    __device__ __forceinline__ int codec() const {
+        return MAX_CODEC ? int(entry >> 28 & 3) : NATIVE;
+    }
+    __device__ __forceinline__ bool is_empty() const { return entry & IS_EMPTY; }
+    __device__ __forceinline__ bool is_last() const { return entry & IS_LAST; }  // of the item
 };
 
 // What the whole block of threads shares for one item.
@@ -52,21 +58,52 @@ struct Query {
     float scale[NUM_FORMS][8];                // turns a sum into a log2 score, by head
 };
 
-#if MAX_CODEC == 2
-// An INT4 unit's part of its block's side piece, as it is in global memory; tail: super-scales and
-// scales of all groups of the block.
-struct Int4Side {
-    uint4 zeros[HEAD_DIM / 8];
-    uint4 v_scales[8 * NUM_V_GROUPS];
-    uint4 tail[(4 + 2 * HEAD_DIM + 15) / 16];
-};
-
-// What one warp keeps of the unit at hand (raw[turn]) and of the next.
-struct Int4Staged {
-    Int4Side raw[2];
-    u32 scales[HEAD_DIM / 2];  // of the unit at hand: halves 1 .. 255 by channel
+// A unit's scales and zeros as they are in global memory: of INT8 the keys' scales, then the values';
+// of INT4 the zeros, the values' scales, then super-scales and scales of all groups of the block.
+constexpr int ZERO_CHUNKS = HEAD_DIM / 8, V_SCALE_CHUNKS = 8 * NUM_V_GROUPS;
+constexpr int TAIL_CHUNKS = (4 + 2 * HEAD_DIM + 15) / 16;
+constexpr int SIDE_CHUNKS =
+    MAX_CODEC == 2 ? ZERO_CHUNKS + V_SCALE_CHUNKS + TAIL_CHUNKS : MAX_CODEC ? 8 : 0;
+#if MAX_CODEC >= 1
+struct Side {
+    uint4 chunks[SIDE_CHUNKS];
+    __device__ __forceinline__ const u32* zeros() const {
+        return reinterpret_cast<const u32*>(chunks);
+    }
+    __device__ __forceinline__ const u32* v_scales() const {
+        return reinterpret_cast<const u32*>(chunks + ZERO_CHUNKS);
+    }
+    __device__ __forceinline__ const u8* tail() const {
+        return reinterpret_cast<const u8*>(chunks + ZERO_CHUNKS + V_SCALE_CHUNKS);
+    }
 };
 #endif
+
+// Sixteen bytes `chunk` of a piece stand at another place of it in shared memory, so that the rows
+// that lanes read at the same time are in different banks. Linear in the bits of chunk; only the
+// lowest three change.
+__device__ __forceinline__ constexpr int keys_place(int chunk) {
+    return chunk ^ ((chunk >> 3 ^ chunk >> 4 ^ chunk >> 5 ^ chunk >> 6) & 1) << 2;
+}
+__device__ __forceinline__ constexpr int values_place(int chunk) {
+    return chunk ^ ((chunk >> 4 ^ chunk >> 6 ^ chunk >> 8) & 3) << 1;
+}
+template <bool IS_VALUES> __device__ __forceinline__ constexpr int place_of_chunk(int chunk) {
+    return IS_VALUES ? values_place(chunk) : keys_place(chunk);
+}
+
+// Where byte lane_byte + fixed of a piece is. The parts have no bits in common where HEAD_DIM is a
+// power of two, so that only the low bits of what is fixed meet those of the lane.
+template <bool IS_VALUES> __device__ __forceinline__ int byte_place(int lane_byte, int fixed) {
+    if constexpr ((HEAD_DIM & (HEAD_DIM - 1)) == 0) {
+        int place = place_of_chunk<IS_VALUES>(fixed / 16);
+        int lane_place = place_of_chunk<IS_VALUES>(lane_byte / 16) ^ (place & 7);
+        return 16 * lane_place + lane_byte % 16 + 16 * (place & ~7) + fixed % 16;
+    } else {
+        int byte = lane_byte + fixed;
+        return 16 * place_of_chunk<IS_VALUES>(byte / 16) + byte % 16;
+    }
+}
 
 // NUM_BYTES of a row in shared memory.
 template <int NUM_BYTES> __device__ __forceinline__ void load_words(u32* words, const u8* from) {
@@ -91,10 +128,10 @@ __device__ __forceinline__ void load_keys(u32 (&even)[Form<CODEC>::K_WORDS],
                                           u32 (&odd)[Form<CODEC>::K_WORDS], const u8* keys,
                                           int tile, int load, int lane) {
     typedef Form<CODEC> F;
-    const u8* from = keys + (tile * 16 + lane / 4 * 2) * F::ROW_BYTES + lane % 4 * F::K_LOAD +
-                     load * 4 * F::K_LOAD;
-    load_words<F::K_LOAD>(even, from);
-    load_words<F::K_LOAD>(odd, from + F::ROW_BYTES);
+    int lane_byte = lane / 4 * 2 * F::ROW_BYTES + lane % 4 * F::K_LOAD;
+    int fixed = tile * 16 * F::ROW_BYTES + load * 4 * F::K_LOAD;
+    load_words<F::K_LOAD>(even, keys + byte_place<false>(lane_byte, fixed));
+    load_words<F::K_LOAD>(odd, keys + byte_place<false>(lane_byte, fixed + F::ROW_BYTES));
 }
 
 // This lane's part of load `load` of the values of positions 4 t .. 4 t + 3 of tile `tile`.
@@ -102,52 +139,53 @@ template <int CODEC>
 __device__ __forceinline__ void load_values(u32 (&rows)[4][Form<CODEC>::V_WORDS], const u8* values,
                                             int tile, int load, int lane) {
     typedef Form<CODEC> F;
-    const u8* from = values + (tile * 16 + lane % 4 * 4) * F::ROW_BYTES + lane / 4 * F::V_LOAD +
-                     load * 8 * F::V_LOAD;
+    int lane_byte = lane % 4 * 4 * F::ROW_BYTES + lane / 4 * F::V_LOAD;
+    int fixed = tile * 16 * F::ROW_BYTES + load * 8 * F::V_LOAD;
 #pragma unroll
-    for (int row = 0; row < 4; ++row) load_words<F::V_LOAD>(rows[row], from + row * F::ROW_BYTES);
-}
-
-// piece: the block's side piece of this layer and kv head; offset: of the unit in the block.
-__device__ __forceinline__ void load_int8_side(u32 (&side)[SIDE_WORDS], const u8* piece, int offset,
-                                               int block_tokens, int lane) {
-    const u8* from = piece + 2 * (offset + lane / 4 * 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        load_words<4>(side + i, from + (i / 2) * 2 * block_tokens + (i % 2) * 32);
+    for (int row = 0; row < 4; ++row) {
+        load_words<F::V_LOAD>(
+            rows[row], values + byte_place<true>(lane_byte, fixed + row * F::ROW_BYTES));
     }
 }
+
+#if MAX_CODEC >= 1
+// piece: the block's side piece of this layer and kv head; offset: of the unit in the block.
+__device__ __forceinline__ void copy_int8_side(Side& to, const u8* piece, int offset,
+                                               int block_tokens, int lane) {
+    const u8* from = piece + 2 * offset + lane / 4 * 2 * block_tokens + lane % 4 * 16;
+    if (lane < 8) cp_async16(&to.chunks[lane], from);
+}
+#endif
 
 #if MAX_CODEC == 2
-// Copies the part of 64 positions from `offset` on of a block's side piece; block_tokens: of the
-// block, 64 or 128.
-__device__ __forceinline__ void copy_int4_side(Int4Side& to, const u8* piece, int offset,
+// The part of 64 positions from `offset` on; block_tokens: of the block, 64 or 128.
+__device__ __forceinline__ void copy_int4_side(Side& to, const u8* piece, int offset,
                                                int block_tokens, int lane) {
     int groups = block_tokens / 64, group = offset / 64;
+    const u8* zeros = piece + group * 2 * HEAD_DIM;
     const u8* v_scales = piece + groups * 2 * HEAD_DIM;
     const u8* tail = v_scales + block_tokens * NUM_V_GROUPS * 2;
-    const u8* zeros = piece + group * 2 * HEAD_DIM;
-    v_scales += group * 128 * NUM_V_GROUPS;
-    __syncwarp();  // what was there is read
-    for (int i = lane; i < HEAD_DIM / 8; i += 32) cp_async16(&to.zeros[i], zeros + 16 * i);
-    for (int i = lane; i < 8 * NUM_V_GROUPS; i += 32) {
-        cp_async16(&to.v_scales[i], v_scales + 16 * i);
+    v_scales += group * 16 * V_SCALE_CHUNKS;
+    constexpr int FIRST = ZERO_CHUNKS + V_SCALE_CHUNKS;
+    for (int i = lane; i < FIRST; i += 32) {
+        bool is_zero = i < ZERO_CHUNKS;
+        cp_async16(&to.chunks[i], is_zero ? zeros + 16 * i : v_scales + 16 * (i - ZERO_CHUNKS));
     }
     int tail_bytes = groups * (2 + HEAD_DIM);
-    for (int i = lane; 16 * i < tail_bytes; i += 32) cp_async16(&to.tail[i], tail + 16 * i);
+    for (int i = lane; 16 * i < tail_bytes; i += 32) {
+        cp_async16(&to.chunks[FIRST + i], tail + 16 * i);
+    }
 }
 
-// Waits for the copies of raw[turn] and spreads its scales; returns the super-scale.
-__device__ __forceinline__ float stage_int4_side(Int4Staged& staged, int turn, int offset,
-                                                 int block_tokens, int lane) {
-    cp_async_wait<0>();
-    __syncwarp();
+// Spreads the scales of the unit's keys to halves; returns their super-scale.
+__device__ __forceinline__ float spread_scales(u32 (&spread)[HEAD_DIM / 2], const Side& side,
+                                               int offset, int block_tokens, int lane) {
     int groups = block_tokens / 64, group = offset / 64;
-    const u8* tail = reinterpret_cast<const u8*>(staged.raw[turn].tail);
+    const u8* tail = side.tail();
     const u16* scales = reinterpret_cast<const u16*>(tail + 2 * groups + group * HEAD_DIM);
     for (int i = lane; i < HEAD_DIM / 2; i += 32) {
         u32 biased = prmt<0x4140>(u32(scales[i]), 0x64u);  // 1024 + u
-        staged.scales[i] = fma2<half_t>(biased, 0x3c003c00u, 0xe400e400u);
+        spread[i] = fma2<half_t>(biased, 0x3c003c00u, 0xe400e400u);
     }
     __syncwarp();
     return to_float(reinterpret_cast<const half_t*>(tail)[group]);
@@ -173,7 +211,7 @@ __device__ __forceinline__ void score_native(float (&x)[MAX_TILES][4],
                                              const u8* keys, const Query& query, int lane) {
     typedef Form<NATIVE> F;
     constexpr int STEPS = F::K_WORDS / 2;  // of a load
-    float sums[4] = {};
+    float sums[2][4] = {};  // two chains
 #pragma unroll
     for (int load = 0; load < F::K_LOADS; ++load) {
         u32 even[F::K_WORDS], odd[F::K_WORDS];
@@ -183,17 +221,18 @@ __device__ __forceinline__ void score_native(float (&x)[MAX_TILES][4],
             uint2 q = query.parts[NATIVE][load * STEPS + step][lane];
             u32 a[4] = {even[2 * step], odd[2 * step], even[2 * step + 1], odd[2 * step + 1]};
             u32 b[2] = {q.x, q.y};
-            mma_16x8x16<scalar_t>(sums, a, b);
+            mma_16x8x16<scalar_t>(sums[step % 2], a, b);
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[0][i] = sums[i] * query.scale[NATIVE][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) {
+        x[0][i] = (sums[0][i] + sums[1][i]) * query.scale[NATIVE][lane % 4 * 2 + i % 2];
+    }
 }
 
 #if MAX_CODEC >= 1
 __device__ __forceinline__ void score_int8(float (&x)[MAX_TILES][4], const u8* keys,
-                                           const Query& query, const u32 (&side)[SIDE_WORDS],
-                                           int lane) {
+                                           const Query& query, const Side& side, int lane) {
     typedef Form<INT8> F;
     float sums[2][4] = {};
 #pragma unroll
@@ -215,7 +254,7 @@ __device__ __forceinline__ void score_int8(float (&x)[MAX_TILES][4], const u8* k
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-        float2 scales = unpack2<half_t>(side[tile]);
+        float2 scales = unpack2<half_t>(side.zeros()[8 * tile + lane / 4]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float scale = query.scale[INT8][lane % 4 * 2 + i % 2];
@@ -229,10 +268,9 @@ __device__ __forceinline__ void score_int8(float (&x)[MAX_TILES][4], const u8* k
 // The B operands of one word of a lane's INT4 keys: q of the low and of the high codes, times their
 // scales; and q . zeros, where the zeros are a tile of 16 equal rows.
 __device__ __forceinline__ void scale_query(u32 (&b)[2][2], float (&zero_sums)[4],
-                                            const Query& query, const Int4Staged& staged, int turn,
-                                            int word, int lane) {
+                                            const Query& query, const u32* zeros,
+                                            const u32 (&scales)[HEAD_DIM / 2], int word, int lane) {
     typedef Form<INT4> F;
-    const u32* zeros = reinterpret_cast<const u32*>(staged.raw[turn].zeros);
     int byte = word / F::K_WORDS * 4 * F::K_LOAD + lane % 4 * F::K_LOAD + word % F::K_WORDS * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -241,15 +279,16 @@ __device__ __forceinline__ void scale_query(u32 (&b)[2][2], float (&zero_sums)[4
         u32 plain[2] = {q.x, q.y};
         u32 a[4] = {zeros[pair], zeros[pair], zeros[pair + 1], zeros[pair + 1]};
         mma_16x8x16<half_t>(zero_sums, a, plain);
-        b[half][0] = mul2<half_t>(q.x, staged.scales[pair]);
-        b[half][1] = mul2<half_t>(q.y, staged.scales[pair + 1]);
+        b[half][0] = mul2<half_t>(q.x, scales[pair]);
+        b[half][1] = mul2<half_t>(q.y, scales[pair + 1]);
     }
 }
 
 // q . k = q . zeros + super * (q * scales) . codes
 __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* keys,
-                                           const Query& query, const Int4Staged& staged, int turn,
-                                           float super_scale, int lane) {
+                                           const Query& query, const u32* zeros,
+                                           const u32 (&scales)[HEAD_DIM / 2], float super_scale,
+                                           int lane) {
     typedef Form<INT4> F;
     float sums[4][4] = {}, zero_sums[4] = {};
 #pragma unroll
@@ -257,7 +296,7 @@ __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* k
         u32 b[F::K_WORDS][2][2];
 #pragma unroll
         for (int word = 0; word < F::K_WORDS; ++word) {
-            scale_query(b[word], zero_sums, query, staged, turn, load * F::K_WORDS + word, lane);
+            scale_query(b[word], zero_sums, query, zeros, scales, load * F::K_WORDS + word, lane);
         }
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {

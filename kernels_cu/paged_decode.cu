@@ -6,13 +6,14 @@
 // keeps its own softmax; then the warps' sums are added in their order. Where a row has several
 // splits, the block that comes last adds them in their order, so that a row's result depends neither
 // on its neighbours nor on chance. counters are zero before and after a launch.
-// While an item is worked on, the record and the q of the next are copied to shared memory and its
-// first units follow the item's last, so that loads never cease within a block.
+// Each warp has a ring of PIECES pieces of shared memory, filled by cp.async with its units' keys and
+// values in turn: what has been used makes room for what comes PIECES later, of the next items too,
+// so that loads never cease between a block's items. Records and q go ahead in the same way.
 // Dynamic shared memory: SHARED_BYTES, see shared_bytes() of attention/paged_decode.py; at HEAD_DIM
-// 128 and 4 warps 52 KiB native, 69 KiB with INT4: a unit's keys and values for each warp (8 KiB),
-// the warps' sums (4.2 KiB each), q, records.
+// 128, 6 warps and 3 pieces 83 KiB native, 102 KiB with INT4.
 // -D: SCALAR_BF16, HEAD_DIM (64, 96, 128, 256), MAX_CODEC (0 native, 1 INT8, 2 INT4: the lowest that
-// tables may name), WARPS, MIN_BLOCKS (of a multiprocessor, for the compiler), SHARED_BYTES.
+// tables may name), WARPS, PIECES (3 or 5), MIN_BLOCKS (of a multiprocessor, for the compiler),
+// SHARED_BYTES.
 #include "ptx.cuh"
 #include "decode_record.cuh"
 #include "decode_units.cuh"
@@ -21,86 +22,95 @@
 #include "decode_merge.cuh"
 #include "decode_items.cuh"
 
-constexpr int COUNT_EVERY = 8;  // items of a block, 32 at most
+constexpr int COUNT_EVERY = 32;  // items of a block: a bit each
 
 struct Shared {
+    uint4 rings[WARPS][PIECES][PIECE_BYTES / 16];
+    WarpSide sides[WARPS];
     Slot slots[SLOTS];
-    RawQuery raw;
+    RawQuery raw[2];
     Query query;
-    SumSets sets;
-    Stage stages[WARPS];
-    int num_items;
+    SumStats stats;
     u32 complete;  // see settle
 };
 
-// What a warp has of the unit it is about to attend to, besides its stage.
-struct Loaded {
-    Unit unit;
-    u32 masks[2];  // units of the same item, or of the next, that are still to come
-    u32 side[SIDE_WORDS];
-    u32 turn;  // 0, 1, 0, 1 ...: which of the stage's two INT4 side pieces is the unit's
+// A warp's way through its units: keys and values in turn are in the pieces of its ring, and in the
+// place of what has been used comes what follows PIECES later.
+struct Walk {
+    Unit units[AHEAD];  // at hand, and those whose keys, or all, are there or on their way
+    Reach reach;
+    u8* ring;
+    int piece, side_idx;  // at hand
+    __device__ __forceinline__ u8* here() const { return ring + piece * PIECE_BYTES; }
+    __device__ __forceinline__ void advance() { piece = piece == PIECES - 1 ? 0 : piece + 1; }
 };
 
-// All units of this warp in slot `here`, then the loads of its first one in slot `there` (if
-// has_next). The next unit's keys are under way while this one's values are used, and the other way
-// round. Returns the codecs of the next item.
-__device__ __forceinline__ int attend_units(Softmax& softmax, Loaded& loaded, Shared& shared,
-                                            int here, int there, bool has_next, const Pool& pool,
-                                            int warp, int lane) {
-    int codecs = 0;
-    Stage& stage = shared.stages[warp];
-    const u8* keys = reinterpret_cast<const u8*>(stage.keys);
-    const u8* values = reinterpret_cast<const u8*>(stage.values);
-    const int* record = shared.slots[here].record;
-    for (bool is_done = false; !is_done;) {
-        const Slot* slot = &shared.slots[here];
-        Unit unit = loaded.unit, next = take_unit(loaded.masks, record, pool.block_size);
-        is_done = next.position < 0;
-        if (is_done && has_next) {
-            slot = &shared.slots[there];
-            codecs = share_units(loaded.masks, slot->record, pool.block_size, warp, lane);
-            next = take_unit(loaded.masks, slot->record, pool.block_size);
-        }
-        loaded.unit = next;
-        int codec = unit.position < 0 ? -1 : unit.codec();
-        u32 turn = loaded.turn, next_turn = codec < 0 ? turn : turn ^ 1;
-        float x[MAX_TILES][4];
-        wait_for_unit();
-        if (codec == NATIVE) {
-            score_native(x, keys, shared.query, lane);
-        }
-#if MAX_CODEC >= 1
-        u32 v_scales[2] = {loaded.side[2], loaded.side[3]};
-        if (codec == INT8) {
-            score_int8(x, keys, shared.query, loaded.side, lane);
-        }
-#endif
-#if MAX_CODEC == 2
-        if (codec == INT4) {
-            int offset = place_of(unit, 0, pool).offset;
-            float super_scale = stage_int4_side(stage.int4, turn, offset, 4 * pool.block_size, lane);
-            score_int4(x, keys, shared.query, stage.int4, turn, super_scale, lane);
-        }
-#endif
-        copy_unit_keys(stage, next_turn, loaded.side, next, *slot, pool, lane);
-        wait_for_unit();
-        if (codec == NATIVE) {
-            attend_native(softmax, x, values, unit, record, lane);
-        }
-#if MAX_CODEC >= 1
-        if (codec == INT8) {
-            attend_int8(softmax, x, values, v_scales, unit, record, lane);
-        }
-#endif
-#if MAX_CODEC == 2
-        if (codec == INT4) {
-            attend_int4(softmax, x, values, stage.int4.raw[turn].v_scales, unit, record, lane);
-        }
-#endif
-        copy_unit_values(stage, next, *slot, pool, lane);
-        loaded.turn = next_turn;
+__device__ __forceinline__ void fill_ring(Walk& walk, Shared& shared, const Pool& pool, int warp,
+                                          int lane) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        walk.units[i] = copy_next_keys(walk.ring + 2 * i * PIECE_BYTES, shared.sides[warp], i,
+                                       walk.reach, shared.slots, pool, warp, lane);
+        if (2 * i + 1 == PIECES) continue;
+        copy_values(walk.ring + (2 * i + 1) * PIECE_BYTES, walk.units[i], pool, lane);
     }
-    return codecs;
+}
+
+// The unit at hand, but for the copy that follows into its values' place.
+__device__ __forceinline__ void attend_unit(Softmax& softmax, Walk& walk, Shared& shared,
+                                            const int* record, const Pool& pool, int warp,
+                                            int lane) {
+    const Unit& unit = walk.units[0];
+    int codec = unit.is_empty() ? -1 : unit.codec();
+    const u8* keys = walk.here();
+    float x[MAX_TILES][4];
+    wait_for_piece();
+    if (codec == NATIVE) {
+        score_native(x, keys, shared.query, lane);
+    }
+#if MAX_CODEC >= 1
+    WarpSide& sides = shared.sides[warp];
+    const Side& side = sides.sides[walk.side_idx];
+    if (codec == INT8) {
+        score_int8(x, keys, shared.query, side, lane);
+    }
+#endif
+#if MAX_CODEC == 2
+    if (codec == INT4) {
+        int offset = offset_in_block(unit, pool.block_size);
+        float super_scale = spread_scales(sides.scales, side, offset, 4 * pool.block_size, lane);
+        score_int4(x, keys, shared.query, side.zeros(), sides.scales, super_scale, lane);
+    }
+#endif
+    copy_values(walk.here(), walk.units[AHEAD - 1], pool, lane);
+    walk.advance();
+    const u8* values = walk.here();
+    wait_for_piece();
+    if (codec == NATIVE) {
+        attend_native(softmax, x, values, unit, record, lane);
+    }
+#if MAX_CODEC >= 1
+    if (codec == INT8) {
+        attend_int8(softmax, x, values, side, unit, record, lane);
+    }
+#endif
+#if MAX_CODEC == 2
+    if (codec == INT4) {
+        attend_int4(softmax, x, values, side.v_scales(), unit, record, lane);
+    }
+#endif
+}
+
+// On to the next unit.
+__device__ __forceinline__ void step_on(Walk& walk, Shared& shared, const Pool& pool, int warp,
+                                        int lane) {
+    Unit next = copy_next_keys(walk.here(), shared.sides[warp], walk.side_idx, walk.reach,
+                               shared.slots, pool, warp, lane);
+#pragma unroll
+    for (int i = 0; i + 1 < AHEAD; ++i) walk.units[i] = walk.units[i + 1];
+    walk.units[AHEAD - 1] = next;
+    walk.advance();
+    walk.side_idx = walk.side_idx == AHEAD - 1 ? 0 : walk.side_idx + 1;
 }
 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
@@ -125,14 +135,15 @@ __device__ __forceinline__ void write_item(const Results& results, const SumSets
                                            const Slot& slot, int idx, int thread) {
     bool is_whole = slot.record[RECORD_NUM_SPLITS] == 1;
     long long first = (long long)idx * results.tile_heads();
-    for (int part = thread; part < slot.num_heads * (HEAD_DIM / 4); part += THREADS) {
-        int head = part / (HEAD_DIM / 4), channel = part % (HEAD_DIM / 4) * 4;
-        Combined all = combine(sets, WARPS, head, channel);
+    for (int part = thread; part < slot.num_heads * (HEAD_DIM / 2); part += THREADS) {
+        int head = part / (HEAD_DIM / 2), channel = part % (HEAD_DIM / 2) * 2;
+        Combined<float2> all = combine(sets, WARPS, head, channel / 2);
         if (is_whole) {
             write_out(results.out_of(slot) + head * HEAD_DIM + channel, all);
             continue;
         }
-        store_float4(results.split_sums + (first + head) * HEAD_DIM + channel, all.sum);
+        float* to = results.split_sums + (first + head) * HEAD_DIM + channel;
+        *reinterpret_cast<float2*>(to) = all.sum;
         if (channel) continue;
         results.split_stats[2 * (first + head)] = all.top;
         results.split_stats[2 * (first + head) + 1] = all.weight;
@@ -166,38 +177,54 @@ __device__ __forceinline__ u32 count_items(const Results& results, const int* pl
     return __ballot_sync(FULL_MASK, is_last);
 }
 
-// The row's output from all its splits, by the whole block, a barrier before and after.
-__device__ __forceinline__ void merge_item(const Results& results, SumSets& sets, const int* plan,
-                                           int idx) {
+// Four channels of a head of item idx: the row's output from all its splits.
+__device__ __forceinline__ void merge_part(const Results& results, const int* plan, int idx,
+                                           int part) {
     int tiles = results.tiles(), tile = idx % tiles, group_tiles = tiles / results.num_kv_heads;
     const int* record = record_of(plan, idx, tiles);
     int in_group = tile % group_tiles * 8;
-    int first_head = tile / group_tiles * results.group + in_group;
+    int head = part / (HEAD_DIM / 4), channel = part % (HEAD_DIM / 4) * 4;
+    if (in_group + head >= results.group) return;
     long long step = (long long)tiles * results.tile_heads();
-    long long first = (long long)idx * results.tile_heads() - record[RECORD_SPLIT] * step;
+    long long slot = (long long)idx * results.tile_heads() - record[RECORD_SPLIT] * step + head;
+    Combined<float4> all =
+        add_splits(results.split_sums + slot * HEAD_DIM + channel, results.split_stats + 2 * slot,
+                   step * HEAD_DIM, 2 * step, record[RECORD_NUM_SPLITS]);
     long long row = record[RECORD_ROW];
-    scalar_t* out =
-        results.out + (row * (results.num_kv_heads * results.group) + first_head) * HEAD_DIM;
-    merge_splits(out, sets, results.split_sums, results.split_stats, first, step,
-                 record[RECORD_NUM_SPLITS], min(8, results.group - in_group));
-    __syncthreads();
+    int first_head = tile / group_tiles * results.group + in_group;
+    scalar_t* out = results.out + (row * (results.num_kv_heads * results.group) + first_head + head) *
+                                      HEAD_DIM + channel;
+    write_out(out, {make_float2(all.sum.x, all.sum.y), all.top, all.weight});
+    write_out(out + 2, {make_float2(all.sum.z, all.sum.w), all.top, all.weight});
 }
 
-// Count what the block has written since it last counted, and merge the rows that are complete.
-__device__ __forceinline__ void settle(const Results& results, Shared& shared, const int* plan,
+// Count what the block has written since it last counted, and merge the rows that are complete, all
+// at the same time.
+__device__ __forceinline__ void settle(const Results& results, u32& complete, const int* plan,
                                        int idx, int step, int num_items, int thread) {
     if (thread < 32) {
         u32 last = count_items(results, plan, idx, step, num_items, thread);
-        if (thread == 0) shared.complete = last;
+        if (thread == 0) complete = last;
     }
     __syncthreads();
-    for (u32 left = shared.complete; left; left &= left - 1) {
-        merge_item(results, shared.sets, plan, idx + (__ffs(int(left)) - 1) * step);
+    int parts = results.tile_heads() * (HEAD_DIM / 4), num_complete = __popc(complete);
+    for (int i = thread; i < num_complete * parts; i += THREADS) {
+        u32 left = complete;
+        for (int skip = i / parts; skip; --skip) left &= left - 1;
+        merge_part(results, plan, idx + (__ffs(int(left)) - 1) * step, i % parts);
     }
 }
 
+// Before the barrier at an item's end: until this thread's copies of the next item's q, which went
+// with the keys after the last item's end, are there. is_first: the item has one turn only.
+__device__ __forceinline__ void wait_for_query(bool is_first) {
+    if (is_first) cp_async_wait<1>();
+    else cp_async_wait<PIECES - 2>();
+}
+
 // grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
-// of up to 8 heads of a group. plan: has room for one record a block, whatever plan[0] is.
+// of up to 8 heads of a group. plan: has room for the first RECORDS_AHEAD
+// items of every block, whatever plan[0] is.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_kernel(
     scalar_t* __restrict__ out,           // [rows, num_heads, HEAD_DIM]
     float* split_sums,                    // [items, min(group, 8), HEAD_DIM]: scratch
@@ -213,54 +240,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
 {
     DYNAMIC_SHARED(Shared, block_memory);
     Shared& shared = *block_memory;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Pool pool = {payload, side, num_kv_heads, layer_idx, num_layers, block_size, side_bytes};
     Results results = {out, split_sums, split_stats, counters, num_kv_heads, group};
-    copy_record(shared.slots[0], plan, blockIdx.x / results.tiles());
-    cp_async_commit();
-    if (threadIdx.x == 0) {
-        shared.num_items = plan[0] * results.tiles();
-        choose_heads(shared.slots[0], blockIdx.x % results.tiles(), group);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.x, idx = blockIdx.x;
+    int tiles = results.tiles(), num_heads = num_kv_heads * group;
+    for (int i = 0; i < RECORDS_AHEAD; ++i) {
+        copy_record(shared.slots[i], plan, idx + i * step, tiles, group);
     }
+    cp_async_commit();
+    int num_items = plan[0] * tiles;
     cp_async_wait<0>();
     __syncthreads();
-    // As few blocks as make no more rounds: with a part of them in a last round, the others' share of
-    // the memory's speed would be left unused.
-    int rounds = (shared.num_items + int(gridDim.x) - 1) / int(gridDim.x);
-    int step = rounds ? (shared.num_items + rounds - 1) / rounds : 0;
-    if (int(blockIdx.x) >= step) return;
-    Loaded loaded;
-    loaded.unit = {0, -1};
-    loaded.masks[0] = loaded.masks[1] = 0;
-    loaded.turn = 0;
-    for (int turn = -1, idx = int(blockIdx.x) - step;; ++turn, idx += step) {
-        bool has_item = turn >= 0, has_next = idx + step < shared.num_items;
-        int here = turn & (SLOTS - 1), there = (turn + 1) & (SLOTS - 1);
-        if (has_next) copy_query(shared.raw, shared.slots[there], q, q_rotated, num_kv_heads * group);
-        if (idx + 2 * step < shared.num_items) {
-            Slot& later = shared.slots[(turn + 2) & (SLOTS - 1)];
-            copy_record(later, plan, (idx + 2 * step) / results.tiles());
-            if (threadIdx.x == 0) choose_heads(later, (idx + 2 * step) % results.tiles(), group);
+    if (idx >= num_items) return;
+    for (int i = 0; i < 2; ++i) {
+        if (idx + i * step >= num_items) continue;
+        copy_query(shared.raw[i], shared.slots[i], q, q_rotated, num_heads);
+    }
+    cp_async_commit();
+    Walk walk;
+    walk.reach = {idx, step, num_items, SLOTS - 1, 0, 0, 0, 0};
+    walk.ring = reinterpret_cast<u8*>(shared.rings[warp]);
+    walk.piece = walk.side_idx = 0;
+    fill_ring(walk, shared, pool, warp, lane);
+    cp_async_wait<PIECES>();
+    __syncthreads();
+    store_query(shared.query, shared.raw[0], shared.slots[0], scale, threadIdx.x);
+    __syncthreads();
+    Softmax softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
+    bool is_first = true;
+    for (int turn = 0;;) {
+        Slot& slot = shared.slots[turn & (SLOTS - 1)];
+        attend_unit(softmax, walk, shared, slot.record, pool, warp, lane);
+        bool is_last = walk.units[0].is_last();
+        if (is_last) {
+            // The item is done: its sums go where the unit's values were, in all warps the same piece.
+            int thread = opaque(threadIdx.x);
+            bool has_next = idx + step < num_items;
+            SumSets sets = {reinterpret_cast<u8*>(shared.rings) + walk.piece * PIECE_BYTES,
+                            &shared.stats};
+            __syncwarp();
+            store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
+            wait_for_query(is_first);
+            __syncthreads();
+            write_item(results, sets, slot, idx, thread);
+            if (has_next) {
+                store_query(shared.query, shared.raw[(turn + 1) & 1],
+                            shared.slots[(turn + 1) & (SLOTS - 1)], scale, thread);
+            }
+            __syncthreads();
+            // Fences wait for all loads that are under way: not after every item.
+            int num_uncounted = turn % COUNT_EVERY + 1;
+            if (num_uncounted == COUNT_EVERY || !has_next) {
+                settle(results, shared.complete, plan, idx - (num_uncounted - 1) * step, step,
+                       num_uncounted, thread);
+            }
+            if (!has_next) return;
+            if (idx + 2 * step < num_items) {
+                copy_query(shared.raw[turn & 1], shared.slots[(turn + 2) & (SLOTS - 1)], q,
+                           q_rotated, num_heads);
+            }
+            int later = idx + RECORDS_AHEAD * step;
+            if (later < num_items) {
+                copy_record(shared.slots[(turn + RECORDS_AHEAD) & (SLOTS - 1)], plan, later, tiles,
+                            group);
+            }
+            softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
+            ++turn, idx += step;
         }
-        cp_async_commit();
-        Softmax softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
-        int codecs = attend_units(softmax, loaded, shared, here, there, has_next, pool, warp, lane);
-        int thread = opaque(threadIdx.x);
-        if (has_item) store_sums(shared.sets, softmax, thread / 32, thread % 32);
-        cp_async_wait<0>();
-        __syncthreads();
-        if (has_item) write_item(results, shared.sets, shared.slots[here], idx, thread);
-        if (has_next) {
-            store_query(shared.query, shared.raw, shared.slots[there].num_heads, codecs, scale,
-                        thread);
-        }
-        __syncthreads();
-        // Fences wait for all loads that are under way: not after every item.
-        int num_uncounted = turn % COUNT_EVERY + 1;
-        if (has_item && (num_uncounted == COUNT_EVERY || !has_next)) {
-            settle(results, shared, plan, idx - (num_uncounted - 1) * step, step, num_uncounted,
-                   thread);
-        }
-        if (!has_next) return;
+        is_first = is_last;
+        step_on(walk, shared, pool, warp, lane);
     }
 }

@@ -21,6 +21,7 @@ from kvchat.attention.paged_decode import (
     decode_defines,
     default_tuning,
     max_splits,
+    records_read,
 )
 from kvchat.config import KVSpec
 from kvchat.kv import codecs
@@ -132,7 +133,7 @@ def run_kernel(
     tuning = replace(default_tuning(layout), target_splits=target_splits)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
-    num_records = rows * max_splits(max(case.lens), tuning) + grid // tiles + 1
+    num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles, tuning)
     plan = torch.full((RECORD_HEADER + num_records * RECORD_INTS,), -1, dtype=torch.int32)
     args = [plan, inputs.tables, inputs.tables.stride(0), inputs.seq_lens, case.block_size]
     load("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0}).launch(

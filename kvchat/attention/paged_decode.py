@@ -11,7 +11,7 @@ Nothing is allocated after the constructor and make_plan, so that both calls may
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvchat.attention.cuda_ops import Launch, Load
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 HEAD_DIMS = (64, 96, 128, 256)  # that paged_decode is written for
 # Of decode_record.cuh.
 RECORD_HEADER = 8
-MAX_SPLIT = 1024
+MAX_SPLIT = 2048
 RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
-_MAX_WARPS = 12  # of a multiprocessor: more have too few registers
+_SLOTS = 8  # of decode_items.cuh
+_RESERVED_SHARED = 1024  # bytes of shared memory that each block takes besides
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
 
 
@@ -36,10 +37,11 @@ TILE_HEADS = 8  # heads of a group that share a pass over K and V
 class DecodeTuning:
     """What is chosen by measuring; docs/benchmarks holds the figures."""
 
-    warps: int = 4
-    blocks: int = 3  # of a multiprocessor
-    target_splits: int = 16  # of a row
+    warps: int = 6
+    blocks: int = 2  # of a multiprocessor
+    target_splits: int = 8  # of a row, where they are no longer than MAX_SPLIT
     min_split: int = 256  # positions of a split, a power of two from the longest span (128) up
+    pieces: int = 3  # of a warp's ring: 3 or 5
 
 
 def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTuning:
@@ -47,31 +49,36 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
 
     max_shared: bytes of shared memory that a block may have (227 KiB on sm_90).
     """
-    target_splits = min(max(128 // layout.spec.num_kv_heads, 8), 64)
-    tuning = DecodeTuning(
-        target_splits=target_splits, min_split=256 if target_splits <= 16 else 128
-    )
+    target_splits = min(max(64 // layout.spec.num_kv_heads, 8), 64)
+    min_split = 256 if target_splits <= 16 else 128
+    most = 6 if layout.spec.head_dim <= 128 else 4  # registers
     fitting = [
-        (warps * blocks, warps, blocks)
-        for warps in (4, 2, 1)
-        for blocks in [min(_MAX_WARPS // warps, max_shared // shared_bytes(layout, warps))]
+        (warps * blocks, blocks, warps)
+        for warps in (6, 4, 2, 1)
+        for blocks in (2, 1)
+        for tuning in [DecodeTuning(warps, blocks)]
+        if warps <= most
+        and blocks * (shared_bytes(layout, tuning) + _RESERVED_SHARED)
+        <= max_shared + _RESERVED_SHARED
     ]
-    _, warps, blocks = max(fitting)
-    return replace(tuning, warps=warps, blocks=max(blocks, 1))
+    _, blocks, warps = max(fitting)
+    return DecodeTuning(warps, blocks, target_splits, min_split)
 
 
-def shared_bytes(layout: BlockLayout, warps: int) -> int:
+def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     """Bytes of struct Shared of paged_decode.cu; the kernel asserts that they are enough."""
     dim, lowest = layout.spec.head_dim, layout.lowest
     num_forms = 3 if lowest else 1
-    stage = 64 * dim
+    sides = 128 if lowest else 0
     if lowest == Codec.INT4:
-        side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
-        stage += 2 * side + 2 * dim
-    queries = 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
-    sums = 32 * (dim + 4) + 64
-    slots = 4 * -(-4 * (RECORD_INTS + 3) // 16) * 16
-    return slots + queries + warps * (sums + stage) + 16
+        sides = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
+    sides *= (tuning.pieces + 1) // 2
+    if lowest == Codec.INT4:
+        sides += 2 * dim
+    warp = tuning.pieces * 32 * dim + sides + 64 + MAX_SPLIT // 128
+    queries = 2 * 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
+    slots = _SLOTS * -(-4 * (RECORD_INTS + 4) // 16) * 16
+    return slots + queries + tuning.warps * warp + 16
 
 
 class PagedDecode:
@@ -95,6 +102,7 @@ class PagedDecode:
         self.tuning = tuning or default_tuning(layout, _max_shared(device))
         self.layout, self.num_heads, self.device = layout, num_heads, device
         self._group = num_heads // layout.spec.num_kv_heads
+        self._shared_bytes = shared_bytes(layout, self.tuning)
         self.num_tiles = layout.spec.num_kv_heads * -(-self._group // TILE_HEADS)
         self.max_records = max_rows * max_splits(max_len, self.tuning)
         slots = (self.max_records * self.num_tiles, min(self._group, TILE_HEADS))
@@ -110,8 +118,7 @@ class PagedDecode:
         """Memory for a work list, int32; one for each window that is in use at the same time."""
         import torch
 
-        # The kernel's blocks each read a record before they know how many there are.
-        num_records = max(self.max_records, -(-self._grid // self.num_tiles))
+        num_records = max(self.max_records, records_read(self._grid, self.num_tiles, self.tuning))
         num_ints = RECORD_HEADER + num_records * RECORD_INTS
         return torch.zeros(num_ints, dtype=torch.int32, device=self.device)
 
@@ -143,7 +150,7 @@ class PagedDecode:
             (self._grid,),
             (32 * self.tuning.warps,),
             self.arguments(out, q, q_rotated, cache, plan, layer_idx, scale),
-            shared_bytes(self.layout, self.tuning.warps),
+            self._shared_bytes,
         )
 
     def arguments(
@@ -202,8 +209,15 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
         "MAX_CODEC": int(layout.lowest),
         "WARPS": tuning.warps,
         "MIN_BLOCKS": tuning.blocks,
-        "SHARED_BYTES": shared_bytes(layout, tuning.warps),
+        "PIECES": tuning.pieces,
+        "SHARED_BYTES": shared_bytes(layout, tuning),
     }
+
+
+def records_read(grid: int, num_tiles: int, tuning: DecodeTuning) -> int:
+    """Records that the kernel's blocks read before they know how many there are."""
+    records_ahead = (tuning.pieces + 1) // 2 + 2  # RECORDS_AHEAD of decode_items.cuh
+    return -(-grid * records_ahead // num_tiles)
 
 
 def max_splits(max_len: int, tuning: DecodeTuning) -> int:
