@@ -226,6 +226,12 @@ __device__ __forceinline__ Unit copy_next_keys(u8* to, WarpSide& side, int side_
 
 // ---- q ------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void swap(float& a, float& b) {
+    float was = a;
+    a = b;
+    b = was;
+}
+
 // Halves of q over a power of two that brings the largest into [0.5, 1), or zeros; by one warp.
 template <int CODEC, class T>
 __device__ __forceinline__ void store_scaled(Query& query, const uint4* raw, int head, bool is_real,
@@ -251,9 +257,11 @@ __device__ __forceinline__ void store_scaled(Query& query, const uint4* raw, int
     for (int part = 0; part < PARTS; ++part) {
         int channel = part * 128 + lane * 4;
         if (channel >= HEAD_DIM) continue;
+        float* four = x[part];
+        if (CODEC == INT4) swap(four[1], four[2]);  // see spread_scales
         query_part<CODEC>(query, head, channel) =
-            make_uint2(pack2<half_t>(x[part][0] * factor, x[part][1] * factor),
-                       pack2<half_t>(x[part][2] * factor, x[part][3] * factor));
+            make_uint2(pack2<half_t>(four[0] * factor, four[1] * factor),
+                       pack2<half_t>(four[2] * factor, four[3] * factor));
     }
     if (lane == 0) query.scale[CODEC][head] = scale * __uint_as_float(u32(127 + exponent) << 23);
 }

@@ -177,15 +177,21 @@ __device__ __forceinline__ void copy_int4_side(Side& to, const u8* piece, int of
     }
 }
 
-// Spreads the scales of the unit's keys to halves; returns their super-scale.
+// Spreads the scales of the unit's keys to halves, by four channels the first and the third, then
+// the second and the fourth, as score_int4 takes them; returns their super-scale.
 __device__ __forceinline__ float spread_scales(u32 (&spread)[HEAD_DIM / 2], const Side& side,
                                                int offset, int block_tokens, int lane) {
     int groups = block_tokens / 64, group = offset / 64;
     const u8* tail = side.tail();
     const u16* scales = reinterpret_cast<const u16*>(tail + 2 * groups + group * HEAD_DIM);
-    for (int i = lane; i < HEAD_DIM / 2; i += 32) {
-        u32 biased = prmt<0x4140>(u32(scales[i]), 0x64u);  // 1024 + u
-        spread[i] = fma2<half_t>(biased, 0x3c003c00u, 0xe400e400u);
+    for (int i = lane; i < HEAD_DIM / 4; i += 32) {
+        bool is_low = i < HEAD_DIM / 8;
+        u32 four = prmt<0x5410>(scales[2 * i], scales[2 * i + 1]);
+        u32 factor = is_low ? 0x4c004c00u : 0x3c003c00u, bias = is_low ? 0xf400f400u : 0xe400e400u;
+        u32 first = lop3<AND_OR>(four, 0x00ff00ffu, 0x64006400u);  // 1024 + u
+        u32 second = lop3<AND_OR>(four >> 8, 0x00ff00ffu, 0x64006400u);
+        spread[2 * i] = fma2<half_t>(first, factor, bias);
+        spread[2 * i + 1] = fma2<half_t>(second, factor, bias);
     }
     __syncwarp();
     return to_float(reinterpret_cast<const half_t*>(tail)[group]);
@@ -277,20 +283,25 @@ __device__ __forceinline__ void scale_query(u32 (&b)[2][2], float (&zero_sums)[4
         int pair = (byte + half * (HEAD_DIM / 2)) / 2;
         uint2 q = query.parts[INT4][2 * word + half][lane];
         u32 plain[2] = {q.x, q.y};
-        u32 a[4] = {zeros[pair], zeros[pair], zeros[pair + 1], zeros[pair + 1]};
+        u32 first = prmt<0x5410>(zeros[pair], zeros[pair + 1]);
+        u32 second = prmt<0x7632>(zeros[pair], zeros[pair + 1]);
+        u32 a[4] = {first, first, second, second};
         mma_16x8x16<half_t>(zero_sums, a, plain);
         b[half][0] = mul2<half_t>(q.x, scales[pair]);
         b[half][1] = mul2<half_t>(q.y, scales[pair + 1]);
     }
 }
 
-// q . k = q . zeros + super * (q * scales) . codes
+// q . k = q . zeros + super * (q * scales) . codes. The codes' bits are taken for halves as they
+// are: those of the low four are 2^-24 of what they mean, those of the high four 2^-20, and the low
+// channels' scales are 16 times theirs.
 __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* keys,
                                            const Query& query, const u32* zeros,
                                            const u32 (&scales)[HEAD_DIM / 2], float super_scale,
                                            int lane) {
     typedef Form<INT4> F;
     float sums[4][4] = {}, zero_sums[4] = {};
+    super_scale *= 1048576.0f;  // 2^20
 #pragma unroll
     for (int load = 0; load < F::K_LOADS; ++load) {
         u32 b[F::K_WORDS][2][2];
@@ -304,11 +315,11 @@ __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* k
             load_keys<INT4>(even, odd, keys, tile, load, lane);
 #pragma unroll
             for (int word = 0; word < F::K_WORDS; ++word) {
-                u32 low[2][2], high[2][2];
-                int4_to_half(even[word], low[0], high[0]);
-                int4_to_half(odd[word], low[1], high[1]);
-                u32 a_low[4] = {low[0][0], low[1][0], low[0][1], low[1][1]};
-                u32 a_high[4] = {high[0][0], high[1][0], high[0][1], high[1][1]};
+                u32 top = even[word], next = odd[word];
+                u32 a_low[4] = {top & 0x000f000fu, next & 0x000f000fu, top >> 8 & 0x000f000fu,
+                                next >> 8 & 0x000f000fu};
+                u32 a_high[4] = {top & 0x00f000f0u, next & 0x00f000f0u, top >> 8 & 0x00f000f0u,
+                                 next >> 8 & 0x00f000f0u};
                 mma_16x8x16<half_t>(sums[tile], a_low, b[word][0]);
                 mma_16x8x16<half_t>(sums[tile], a_high, b[word][1]);
             }

@@ -288,18 +288,6 @@ __device__ __forceinline__ void int8_to_bfloat16(u32 codes, u32 (&pairs)[2]) {
     }
 }
 
-// Four bytes of two codes each to halves 0 .. 15, exactly: the low four bits of bytes 0-3 to `low`,
-// the high four to `high`, each two pairs in the order of the bytes.
-__device__ __forceinline__ void int4_to_half(u32 codes, u32 (&low)[2], u32 (&high)[2]) {
-    u32 spread[2] = {prmt<0x4140>(codes, 0u), prmt<0x4342>(codes, 0u)};
-    for (int i = 0; i < 2; ++i) {
-        u32 biased = lop3<AND_OR>(spread[i], 0x000f000fu, 0x64006400u);  // 1024 + c
-        low[i] = fma2<half_t>(biased, 0x3c003c00u, 0xe400e400u);
-        biased = lop3<AND_OR>(spread[i], 0x00f000f0u, 0x64006400u);  // 1024 + 16 c
-        high[i] = fma2<half_t>(biased, 0x2c002c00u, 0xd400d400u);  // / 16 - 64
-    }
-}
-
 // Two rows of INT4 values, bytes x0 x1 (low half of `codes`) of one and y0 y1 of the other, to pairs
 // (x, y) less 7.5, exactly: of the low four bits of byte 0, of byte 1, then of the high four bits.
 __device__ __forceinline__ void int4_to_centred_half(u32 codes, u32 (&low)[2], u32 (&high)[2]) {

@@ -105,8 +105,9 @@ def test_codes_become_halves_exactly(primitive):
     halves = out.view(torch.float16).view(32, 3, 4)
     raw = codes.view(torch.uint8)
     assert torch.equal(halves[:, 0], codes.half())
-    assert torch.equal(halves[:, 1], (raw & 15).half())
-    assert torch.equal(halves[:, 2], (raw >> 4).half())
+    two_rows = raw[:, [0, 2, 1, 3]]  # bytes of one and of the other in turn
+    assert torch.equal(halves[:, 1], (two_rows & 15).half() - 7.5)
+    assert torch.equal(halves[:, 2], (two_rows >> 4).half() - 7.5)
 
 
 @pytest.mark.parametrize("dtype", SCALARS)

@@ -46,12 +46,12 @@ extern "C" __global__ void ldmatrix_kernel(
 }
 
 extern "C" __global__ void codes_kernel(
-    unsigned int* __restrict__ out,          // [32, 6]: int8 pairs, int4 low pairs, high pairs
+    unsigned int* __restrict__ out,          // [32, 6]: int8 pairs, int4 low pairs, high pairs - 7.5
     const unsigned int* __restrict__ codes)  // [32]
 {
     u32 pairs[2], low[2], high[2];
     int8_to_half(codes[threadIdx.x], pairs);
-    int4_to_half(codes[threadIdx.x], low, high);
+    int4_to_centred_half(codes[threadIdx.x], low, high);
     for (int i = 0; i < 2; ++i) {
         out[6 * threadIdx.x + i] = pairs[i];
         out[6 * threadIdx.x + 2 + i] = low[i];
