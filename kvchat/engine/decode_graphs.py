@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,15 +63,18 @@ class DecodeGraphs:
         self.tokens = torch.zeros(2 * rows.max_rows, dtype=torch.int64, device=device)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
+        # One for all captures: cuBLAS has a workspace for each stream.
+        self._stream = torch.cuda.Stream() if self._use_graphs else None
         self._parts: dict[int, _Parts] = {}
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None]) -> None:
         """Every number of rows, the largest first, whose memory the others use again."""
         sizes = buckets(self._rows.max_rows)
-        for num_done, num_rows in enumerate(reversed(sizes)):
-            progress(num_done, len(sizes))
-            self._parts[num_rows] = self._capture(num_rows)
+        with _no_collection():
+            for num_done, num_rows in enumerate(reversed(sizes)):
+                progress(num_done, len(sizes))
+                self._parts[num_rows] = self._capture(num_rows)
         progress(len(sizes), len(sizes))
 
     def bucket(self, num_rows: int) -> int:
@@ -86,7 +91,8 @@ class DecodeGraphs:
         parts = [partial(part, num_rows) for part in (self._step, self._greedy, self._draw)]
         if not self._use_graphs:
             return _Parts(*parts)
-        stream = torch.cuda.Stream()
+        stream = self._stream
+        assert stream is not None, "there is one where there are graphs"
         stream.wait_stream(torch.cuda.current_stream())
         replays = []
         with torch.cuda.stream(stream):
@@ -114,3 +120,16 @@ class DecodeGraphs:
     def _draw(self, num_rows: int) -> None:
         draws = self._rows.draws[:num_rows]
         self.tokens[:num_rows] = self._sampler.draw(self.logits[:num_rows], draws)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """An old engine's graphs and streams are ended before a capture, which forbids that in it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,114 @@
+"""The runner for a GPU, its kernels on the emulator: the tokens are those of the plain runner."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from emulator import load_emulated
+
+from kvchat.attention.backends import make_backend
+from kvchat.attention.cuda import CudaBackend
+from kvchat.attention.rope import build_rope
+from kvchat.config import KVSpec, ModelConfig, SamplingParams, SchedulerConfig
+from kvchat.engine.cuda_runner import CudaRunner
+from kvchat.engine.decode_graphs import buckets
+from kvchat.engine.engine import Engine
+from kvchat.engine.request import Request
+from kvchat.engine.runner import Runner
+from kvchat.engine.sampler import Sampler
+from kvchat.engine.scheduler import Scheduler
+from kvchat.kv.block_pool import BlockPool
+from kvchat.kv.cache import KVCache
+from kvchat.model.cuda_ops import CudaOps
+from kvchat.model.decoder import Decoder
+from kvchat.model.families import tensor_shapes
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+    max_position=256,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+NUM_BLOCKS, DTYPE = 60, "float16"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=9)
+DRAWN = SamplingParams(temperature=0.7, top_k=20, max_tokens=7)
+ON_HOST = SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=11)
+
+
+def random_decoder() -> Decoder:
+    shapes, generator = tensor_shapes(MODEL), torch.Generator().manual_seed(5)
+
+    def draw(name: str) -> torch.Tensor:
+        noise = torch.randn(shapes[name], generator=generator)
+        if name.endswith("norm.weight"):
+            return (1 + 0.1 * noise).half()
+        return (noise * 2 / math.sqrt(shapes[name][-1])).half()
+
+    return Decoder(MODEL, lambda *names: torch.cat([draw(name) for name in names]))
+
+
+def make_engine(is_cuda: bool, told: list) -> Engine:
+    config = SchedulerConfig(
+        NUM_BLOCKS, max_model_len=128, max_num_seqs=3, max_num_batched_tokens=32
+    )
+    decoder = random_decoder()
+    cache = KVCache(KVSpec(1, 1, 64, config.block_size, DTYPE), NUM_BLOCKS)
+    cache.blocks[1:] = math.nan
+    rope = build_rope(MODEL, 128)
+    if not is_cuda:
+        runner = Runner(decoder, cache, make_backend("reference", MODEL, cache, rope), Sampler())
+    else:
+        decoder.ops = CudaOps(DTYPE, load_emulated)
+        rows = buckets(config.max_num_seqs)[-1]
+        backend = CudaBackend(MODEL, cache, rope, rows, 128, load_emulated)
+        runner = CudaRunner(decoder, cache, backend, Sampler(), config, load=load_emulated)
+    runner.warm_up(lambda done, total: None)
+    pool = BlockPool(NUM_BLOCKS, config.block_size)
+    return Engine(Scheduler(config, pool), runner, told.extend)
+
+
+def play(is_cuda: bool) -> dict[int, list[int]]:
+    """Five chats through three rows: they come and go, one is forked while it generates."""
+    told: list = []
+    engine = make_engine(is_cuda, told)
+    for session_id, (num_prompt, sampling) in enumerate(
+        [(40, GREEDY), (3, DRAWN), (17, ON_HOST), (1, GREEDY), (33, DRAWN)]
+    ):
+        prompt = [(7 * i * i + 3 + session_id) % 97 for i in range(num_prompt)]
+        engine.submit(Request(session_id, session_id, prompt, num_prompt, sampling, seed=4))
+    for _ in range(6):
+        engine.step()
+    engine.fork(0, 7, 35)  # its tail is copied when either goes on
+    prompt = [(7 * i * i + 3) % 97 for i in range(36)]
+    engine.submit(Request(7, 7, prompt, 36, GREEDY))
+    while engine.step():
+        pass
+    engine.close()
+    said: dict[int, list[int]] = {}
+    for event in told:
+        assert event.finish_reason in (None, "length"), event
+        said.setdefault(event.request_id, []).extend(event.token_ids)
+    return said
+
+
+def test_replies_are_those_of_the_plain_runner():
+    said = play(is_cuda=True)
+
+    assert said == play(is_cuda=False)
+    assert sorted(map(len, said.values())) == [7, 7, 9, 9, 9, 11]
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 16, 17, 100, 1000])
+def test_buckets_end_at_what_holds_all(max_rows):
+    sizes = buckets(max_rows)
+
+    assert sizes[0] == 1 and sizes[-1] >= max_rows and max_rows > (sizes[-2] if sizes[1:] else 0)
+    assert all(2 * small >= large > small for small, large in itertools.pairwise(sizes))
