@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,8 +64,6 @@ class DecodeGraphs:
         self.tokens = torch.zeros(2 * rows.max_rows, dtype=torch.int64, device=device)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
-        # One for all captures: cuBLAS has a workspace for each stream.
-        self._stream = torch.cuda.Stream() if self._use_graphs else None
         self._parts: dict[int, _Parts] = {}
 
     @torch.inference_mode()
@@ -91,8 +90,7 @@ class DecodeGraphs:
         parts = [partial(part, num_rows) for part in (self._step, self._greedy, self._draw)]
         if not self._use_graphs:
             return _Parts(*parts)
-        stream = self._stream
-        assert stream is not None, "there is one where there are graphs"
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         replays = []
         with torch.cuda.stream(stream):
@@ -120,6 +118,12 @@ class DecodeGraphs:
     def _draw(self, num_rows: int) -> None:
         draws = self._rows.draws[:num_rows]
         self.tokens[:num_rows] = self._sampler.draw(self.logits[:num_rows], draws)
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures of the process: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
 
 
 @contextmanager
