@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-import torch
+from compressing_engine import random_decoder
 from emulator import load_emulated
 
 from kvchat.attention.backends import make_backend
@@ -21,8 +21,6 @@ from kvchat.engine.scheduler import Scheduler
 from kvchat.kv.block_pool import BlockPool
 from kvchat.kv.cache import KVCache
 from kvchat.model.cuda_ops import CudaOps
-from kvchat.model.decoder import Decoder
-from kvchat.model.families import tensor_shapes
 
 MODEL = ModelConfig(
     family="llama",
@@ -43,23 +41,11 @@ DRAWN = SamplingParams(temperature=0.7, top_k=20, max_tokens=7)
 ON_HOST = SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=11)
 
 
-def random_decoder() -> Decoder:
-    shapes, generator = tensor_shapes(MODEL), torch.Generator().manual_seed(5)
-
-    def draw(name: str) -> torch.Tensor:
-        noise = torch.randn(shapes[name], generator=generator)
-        if name.endswith("norm.weight"):
-            return (1 + 0.1 * noise).half()
-        return (noise * 2 / math.sqrt(shapes[name][-1])).half()
-
-    return Decoder(MODEL, lambda *names: torch.cat([draw(name) for name in names]))
-
-
 def make_engine(is_cuda: bool, told: list) -> Engine:
     config = SchedulerConfig(
         NUM_BLOCKS, max_model_len=128, max_num_seqs=3, max_num_batched_tokens=32
     )
-    decoder = random_decoder()
+    decoder = random_decoder(MODEL, DTYPE)
     cache = KVCache(KVSpec(1, 1, 64, config.block_size, DTYPE), NUM_BLOCKS)
     cache.blocks[1:] = math.nan
     rope = build_rope(MODEL, 128)

@@ -29,6 +29,7 @@ from kvchat.attention.slots import plan_positions, plan_slots, stored_bytes
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
 from kvchat.kv.codecs import rotation_signs
+from kvchat.kv.host_memory import send
 from kvchat.kv.layout import Codec
 
 # A chunk of more tokens is gathered: a pass of paged_decode for each would cost as much.
@@ -144,7 +145,7 @@ class CudaBackend:
             sent_positions,
             sent_slots,
             len(row_idxs),
-            None if is_all else torch.tensor(row_idxs, device=self.device),
+            None if is_all else send(row_idxs, torch.int64, self.device),
             [_Chunk(*chunk[:3], self._send([chunk[3]])[0], np.array(chunk[3])) for chunk in chunks],
         )
         if row_idxs:
@@ -195,10 +196,7 @@ class CudaBackend:
         )
 
     def _send(self, numbers: list[list[int]]) -> Tensor:
-        """int32 on the device; the host does not wait."""
-        is_pinned = self.device.type == "cuda"
-        here = torch.tensor(numbers, dtype=torch.int32, pin_memory=is_pinned)
-        return here.to(self.device, non_blocking=True)
+        return send(numbers, torch.int32, self.device)
 
     def _plan_kernels(self, tables: Tensor, seq_lens: Tensor) -> None:
         assert self._decode is not None, "rows are planned where paged_decode is supported"

@@ -26,6 +26,7 @@ from kvchat.engine.runner import Runner, Step, attention_batch
 from kvchat.engine.sampler import Draw, Sampler
 from kvchat.kv.block_ops import CompressSpan
 from kvchat.kv.cache import KVCache
+from kvchat.kv.host_memory import send
 from kvchat.model.decoder import Decoder
 
 _NUM_READ_BUFFERS = 3  # a step's is free when the step after the next is launched
@@ -147,11 +148,11 @@ class CudaRunner(Runner):
             for row in rows
         ]
         bucket = self._graphs.bucket(len(rows))
-        arrays = self._rows.send(rows, places, sources, bucket)
+        arrays = self._rows.fill(rows, places, sources, bucket)
         fields = _draw_fields(rows)
         arrays["draws"][:bucket] = 0  # greedy
         arrays["draws"][places] = fields
-        self._rows.flush()
+        self._rows.send()
         self._graphs.run(bucket, is_greedy=not fields.any())
         for row, place in zip(rows, places, strict=True):
             sampled.add(row, place, self._graphs.logits[place])
@@ -165,15 +166,15 @@ class CudaRunner(Runner):
             if row.is_sampled:
                 last_tokens.append(len(input_ids) - 1)
         self._backend.plan(attention_batch(chunks))
-        hidden = self._decoder.hidden(self._send(np.array(input_ids)), self._backend)
+        hidden = self._decoder.hidden(self._send(input_ids), self._backend)
         drawn = [row for row in chunks if row.is_sampled]
         if not drawn:
             return
-        logits = self._decoder.logits(hidden[self._send(np.array(last_tokens))])
+        logits = self._decoder.logits(hidden[self._send(last_tokens)])
         fields = _draw_fields(drawn)
         first, end = self._rows.max_rows, self._rows.max_rows + len(drawn)
         self._tokens[first:end] = (
-            self._device_sampler.draw(logits, self._send(fields))
+            self._device_sampler.draw(logits, send(fields, torch.float64, self._tokens.device))
             if fields.any()
             else self._device_sampler.greedy(logits)
         )
@@ -190,8 +191,8 @@ class CudaRunner(Runner):
             for row in rows
         ]
         tokens = self._sampler.sample(logits, draws)
-        places = np.array([sampled.places[request_id] for request_id in ids])
-        self._tokens[self._send(places)] = self._send(np.array(tokens))
+        places = [sampled.places[request_id] for request_id in ids]
+        self._tokens[self._send(places)] = self._send(tokens)
 
     def _ids(self, row: Row, start: int = 0) -> list[int]:
         """The request's ids from `start` to the row's end; the last may have to be waited for."""
@@ -214,18 +215,13 @@ class CudaRunner(Runner):
             event.record()
         return PendingStep(here, places, event)
 
+    def _send(self, numbers: list[int]) -> Tensor:
+        return send(numbers, torch.int64, self._tokens.device)
+
     def _written_blocks(self, rows: list[Row]) -> Iterable[int]:
         size = self._cache.spec.block_size
         for row in rows:
-            assert row.request.seq is not None, f"request {row.request.request_id} holds no blocks"
-            yield from row.request.seq.table[row.start // size : -(-row.end // size)]
-
-    def _send(self, array: np.ndarray) -> Tensor:
-        """To the device; the host does not wait."""
-        here = torch.from_numpy(array)
-        if self._tokens.is_cuda:
-            here = here.pin_memory()
-        return here.to(self._tokens.device, non_blocking=True)
+            yield from row.table[row.start // size : -(-row.end // size)]
 
 
 def _draw_fields(rows: list[Row]) -> np.ndarray:

@@ -17,6 +17,7 @@ from kvchat.engine.device_sampler import NUM_DRAW_FIELDS
 from kvchat.engine.request import Row
 from kvchat.engine.step_buffer import StepBuffer
 from kvchat.kv.block_pool import Sequence
+from kvchat.kv.host_memory import send
 
 KNOWN = -1  # in place of a source: the host knows the token
 _MIN_UPDATES = 64  # entries that a step sends beside whole tables
@@ -79,11 +80,11 @@ class DecodeRows:
                 self._held.append(_Held(row.request.request_id))
         return [self._row_of[row.request.request_id] for row in rows]
 
-    def send(self, rows: list[Row], places: list[int], sources: list[int], num_padded: int) -> dict:
-        """What a step reads, but tokens and draws: those are the caller's to fill in the arrays
-        returned, before `flush`.
+    def fill(self, rows: list[Row], places: list[int], sources: list[int], num_padded: int) -> dict:
+        """What a step reads but its draws: those are the caller's to fill in the arrays returned,
+        before `send`.
 
-        sources: by row, where its token stands in `sampled`, or KNOWN.
+        sources: by row, where its token stands in what `receive` is given, or KNOWN.
         """
         arrays = self._buffer.begin()
         num_rows, block_size = len(rows), self._block_size
@@ -92,10 +93,9 @@ class DecodeRows:
         arrays["sources"][num_rows:num_padded] = KNOWN
         starts, slots, given = [], [], []
         for row, source in zip(rows, sources, strict=True):
-            start, seq = row.start, row.request.seq
-            assert seq is not None, f"request {row.request.request_id} holds no blocks"
+            start = row.start
             starts.append(start)
-            slots.append(seq.table[start // block_size] * block_size + start % block_size)
+            slots.append(row.table[start // block_size] * block_size + start % block_size)
             given.append(row.request.token_ids[start] if source == KNOWN else 0)
         arrays["positions"][places] = starts
         arrays["seq_lens"][places] = np.array(starts) + 1
@@ -105,7 +105,7 @@ class DecodeRows:
         self._update_tables(rows, places, arrays)
         return arrays
 
-    def flush(self) -> None:
+    def send(self) -> None:
         """Queue the copy to the device."""
         self._buffer.send()
 
@@ -135,32 +135,28 @@ class DecodeRows:
         entries: list[int] = []
         width = self._tables.shape[1]
         for row, place in zip(rows, places, strict=True):
-            held, seq = self._held[place], row.request.seq
-            assert seq is not None, f"request {row.request.request_id} holds no blocks"
-            first = self._first_new(held, seq)
-            new = seq.table[first:]
+            held, table = self._held[place], row.table
+            first = self._first_new(held, row.request.seq, table)
+            new = table[first:]
             if first and len(at) + len(new) <= self._num_updates:
                 at += range(place * width + first, place * width + first + len(new))
                 entries += new
                 held.entries[first:] = new
             else:
-                held.seq, held.entries = seq, [*seq.table]
-                self._send_table(place, seq.table)
+                held.seq, held.entries = row.request.seq, [*table]
+                sent = send(table, torch.int32, self._tables.device)
+                self._tables[place, : len(table)] = sent
         self._has_new_entries = False
         arrays["update_at"][: len(at)] = at
         arrays["update_at"][len(at) :] = self._entries.numel() - 1
         arrays["update_entries"][: len(at)] = entries
 
-    def _first_new(self, held: _Held, seq: Sequence) -> int:
+    def _first_new(self, held: _Held, seq: Sequence | None, table: list[int]) -> int:
         """The first entry that the device has not; 0: it has to get the whole table."""
         num_known = len(held.entries)
-        if seq is not held.seq or len(seq.table) < num_known:
+        if seq is not held.seq or len(table) < num_known:
             return 0
-        if self._has_new_entries and seq.table[: num_known - 1] != held.entries[:-1]:
+        if self._has_new_entries and table[: num_known - 1] != held.entries[:-1]:
             return 0
         # A shared tail that is written to becomes a copy of it.
-        return num_known - (seq.table[num_known - 1] != held.entries[-1])
-
-    def _send_table(self, place: int, table: list[int]) -> None:
-        here = torch.tensor(table, dtype=torch.int32, pin_memory=self._entries.is_cuda)
-        self._tables[place, : len(table)].copy_(here, non_blocking=True)
+        return num_known - (table[num_known - 1] != held.entries[-1])

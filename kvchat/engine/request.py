@@ -53,6 +53,12 @@ class Row:
         """The position after its last."""
         return self.start + self.num_tokens
 
+    @property
+    def table(self) -> list[int]:
+        """The block table of its request, which holds blocks as long as it is in a step."""
+        assert self.request.seq is not None, f"request {self.request.request_id} holds no blocks"
+        return self.request.seq.table
+
 
 @dataclass(slots=True, eq=False)
 class Batch:

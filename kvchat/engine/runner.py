@@ -117,12 +117,8 @@ class Runner:
 
 def attention_batch(rows: list[Row]) -> AttentionBatch:
     """The rows as a backend sees them."""
-    tables = []
-    for row in rows:
-        assert row.request.seq is not None, f"request {row.request.request_id} holds no blocks"
-        tables.append(row.request.seq.table)
     return AttentionBatch(
         query_lens=[row.num_tokens for row in rows],
-        seq_lens=[row.start + row.num_tokens for row in rows],
-        block_tables=tables,
+        seq_lens=[row.end for row in rows],
+        block_tables=[row.table for row in rows],
     )

@@ -168,7 +168,9 @@ class KVCache:
     def _copy(self, ops: list[CopyBlock]) -> None:
         self.await_copies(op.dst for op in ops)
         if self._kernels is not None:
-            pairs = self._to_device([(op.src, op.dst) for op in ops])
+            pairs = host_memory.send(
+                [(op.src, op.dst) for op in ops], torch.int32, self.blocks.device
+            )
             for batch in batches(ops, is_at_once=True):
                 self._kernels.copy(pairs[batch])
             return
@@ -181,18 +183,14 @@ class KVCache:
         for (src_codec, codec), group in groupby(ops, lambda op: (op.src_codec, op.codec)):
             run = [*group]
             if self._kernels is not None:
-                jobs = self._to_device([(op.dst, *op.srcs) for op in run])
+                jobs = host_memory.send(
+                    [(op.dst, *op.srcs) for op in run], torch.int32, self.blocks.device
+                )
                 for batch in batches(run, is_at_once=True):
                     self._kernels.compress(src_codec, codec, jobs[batch])
                 continue
             for batch in batches(run, is_at_once=False):
                 self._encode_all(run[batch])
-
-    def _to_device(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """int32 [n, ids of a row], queued: torch keeps page-locked memory until it is copied."""
-        is_gpu = self.blocks.is_cuda
-        ids = torch.tensor(rows, dtype=torch.int32, pin_memory=is_gpu)
-        return ids.to(self.blocks.device, non_blocking=True)
 
     def _encode_all(self, ops: list[CompressSpan]) -> None:
         """Do ops of one kind in pieces of about ENCODE_BYTES: many spans, or some layers of one."""

@@ -1,4 +1,4 @@
-"""Main memory for parked blocks; page-locked, a GPU copies to and from it without the CPU."""
+"""Main memory that a GPU copies to and from without the CPU: for parked blocks, and on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import mmap
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kvchat.errors import CapacityError
@@ -35,6 +36,13 @@ def reserve(num_bytes: int, is_locked: bool) -> Tensor:
 def unlock(address: int) -> None:
     """Before locked memory is given back; nothing may be copied there any more."""
     torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def send(numbers: ArrayLike, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of them on the device, queued on the current stream: the host does not wait, and
+    torch keeps what it copies from until it is there."""
+    here = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def _pages(num_bytes: int) -> Tensor:
