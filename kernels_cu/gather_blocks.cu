@@ -1,8 +1,9 @@
-// Decodes one layer of a sequence's blocks, of any codec, to K and V side by side, keys unrotated:
-// what torch's attention reads for a chunk of prompt.
+// Decodes one layer of some blocks, of any codec, to K and V side by side, keys unrotated: what
+// torch's attention reads for a chunk of prompt.
 //
-// A block of threads takes one table entry, one kv head, K or V: BLOCK_SIZE rows. Native rows are
-// copied; codes become float32 in shared memory (the values of kv/codecs.decode, then rounded).
+// A block of threads takes a table entry, one kv head, K or V: BLOCK_SIZE rows; then, where there are
+// more entries than blocks, the entry that lies a grid further. Native rows are copied; codes become
+// float32 in shared memory (the values of kv/codecs.decode, then rounded).
 // Shared memory: BLOCK_SIZE * HEAD_DIM floats, and 2 * HEAD_DIM for INT4 keys.
 // MAX_CODEC: the lowest codec of the pool; entries name no lower one.
 #include "ptx.cuh"
@@ -88,30 +89,14 @@ __device__ __forceinline__ void decode_int4_rows(float* values, const u8* part, 
 }
 #endif
 
-// grid: (num_entries, num_kv_heads, 2)
-extern "C" __global__ void __launch_bounds__(128) gather_blocks_kernel(
-    scalar_t* __restrict__ out,      // [2, num_kv_heads, num_tokens, HEAD_DIM]
-    const u8* __restrict__ payload,  // [num_blocks, 2, num_kv_heads, PART_BYTES] of this layer
-    long long payload_stride,        // bytes from block to block
-    const u8* __restrict__ side,     // [num_blocks, num_kv_heads, side_bytes] of this layer
-    long long side_stride,
-    const int* __restrict__ table,   // [num_entries], of positions 0, BLOCK_SIZE, ... of `out`
-    const float* __restrict__ signs, // [HEAD_DIM]; null where MAX_CODEC is 0
-    int num_tokens,                  // above (num_entries - 1) * BLOCK_SIZE
-    int side_bytes)                  // of one head's piece
-{
-    int entry = table[blockIdx.x], head = blockIdx.y;
-    bool is_v = blockIdx.z == 1;
-    int position = blockIdx.x * BLOCK_SIZE;
-    int num_rows = min(BLOCK_SIZE, num_tokens - position);
-    long long row = ((long long)blockIdx.z * gridDim.y + head) * num_tokens + position;
-    scalar_t* to = out + row * HEAD_DIM;
-    const u8* part = payload + entry_block(entry) * payload_stride +
-                     part_offset(0, is_v, head, gridDim.y);
+// to: [num_rows, HEAD_DIM]; own_side: of the entry's head.
+__device__ __forceinline__ void gather_rows(scalar_t* to, const u8* part, const u8* own_side,
+                                            int entry, bool is_v, int num_rows,
+                                            const float* signs) {
     if (entry_codec(entry) == NATIVE) return copy_rows(to, part, num_rows);
 #if MAX_CODEC >= 1
     __shared__ float values[NUM_VALUES];
-    const u8* own_side = side + entry_block(entry) * side_stride + head * side_bytes;
+    __syncthreads();  // the entry before has been read
     int first = entry_span_idx(entry) * BLOCK_SIZE;
     if (entry_codec(entry) == INT8) {
         decode_int8(values, part, own_side, first, is_v);
@@ -133,4 +118,31 @@ extern "C" __global__ void __launch_bounds__(128) gather_blocks_kernel(
                                    pack2<scalar_t>(x[4], x[5]), pack2<scalar_t>(x[6], x[7])));
     }
 #endif
+}
+
+// grid: (up to the number of entries, num_kv_heads, 2)
+extern "C" __global__ void __launch_bounds__(128) gather_blocks_kernel(
+    scalar_t* __restrict__ out,      // [2, num_kv_heads, num_tokens, HEAD_DIM]
+    const u8* __restrict__ payload,  // [num_blocks, 2, num_kv_heads, PART_BYTES] of this layer
+    long long payload_stride,        // bytes from block to block
+    const u8* __restrict__ side,     // [num_blocks, num_kv_heads, side_bytes] of this layer
+    long long side_stride,
+    const int* __restrict__ table,   // [num_entries], of positions 0, BLOCK_SIZE, ... of `out`
+    const int* __restrict__ in_use,  // how many of the entries are wanted; null: all
+    const float* __restrict__ signs, // [HEAD_DIM]; null where MAX_CODEC is 0
+    int num_tokens,                  // above (num_entries - 1) * BLOCK_SIZE
+    int side_bytes)                  // of one head's piece
+{
+    int head = blockIdx.y;
+    bool is_v = blockIdx.z == 1;
+    int num_entries = in_use ? *in_use : (num_tokens + BLOCK_SIZE - 1) / BLOCK_SIZE;
+    for (int idx = blockIdx.x; idx < num_entries; idx += gridDim.x) {
+        int entry = table[idx], position = idx * BLOCK_SIZE;
+        long long row = ((long long)blockIdx.z * gridDim.y + head) * num_tokens + position;
+        const u8* part = payload + entry_block(entry) * payload_stride +
+                         part_offset(0, is_v, head, gridDim.y);
+        const u8* own_side = side + entry_block(entry) * side_stride + head * side_bytes;
+        gather_rows(out + row * HEAD_DIM, part, own_side, entry, is_v,
+                    min(BLOCK_SIZE, num_tokens - position), signs);
+    }
 }

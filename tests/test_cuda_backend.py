@@ -1,12 +1,17 @@
 """The cuda backend over whole steps: on the emulator, and on a GPU where there is one."""
 
+import itertools
+
 import pytest
 import torch
 from attention_world import Shape, World, assert_close
 from emulator import load_emulated
+from plain_flash import plain_flash
 
-from kvchat.attention import AttentionBatch
+from kvchat.attention import AttentionBatch, cuda_ops
 from kvchat.attention.cuda import MAX_ROWS_OF_CHUNK, CudaBackend, RowTensors
+from kvchat.attention.flash import ChunkTensors
+from kvchat.attention.slots import plan_positions, plan_slots
 from kvchat.kv.layout import Codec
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -18,7 +23,8 @@ def make_backend(world: World, device: str) -> CudaBackend:
     """The backend over the world's pool, which is moved to the device; a CPU's is the emulator."""
     rows = MAX_ROWS, MAX_LEN
     if device == "cpu":
-        return CudaBackend(world.config, world.cache, world.rope, *rows, load_emulated)
+        args = world.config, world.cache, world.rope, *rows
+        return CudaBackend(*args, load_emulated, plain_flash)
     world.move(device)
     return CudaBackend(world.config, world.cache, world.rope, *rows)
 
@@ -93,6 +99,48 @@ def test_rows_planned_from_tensors_are_those_of_a_batch(device):
     world.move("cpu")
     assert_close(out[:2].cpu(), world.expected()[1], "float16")
     assert torch.equal(world.cache.blocks[0], null_block.cpu())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize(("head_dim", "codecs"), [(64, ALL_CODECS), (8, (Codec.NATIVE,))])
+def test_chunks_planned_from_tensors_are_those_of_a_batch(
+    device, window, head_dim, codecs, monkeypatch
+):
+    """Three chunks where there is room for five, in more blocks than the kernel's grid has."""
+    monkeypatch.setattr(cuda_ops, "_GATHER_BLOCKS", 7)
+    lens = [(1, 97), (40, 540), (12, 12)]
+    shape = Shape(head_dim=head_dim, num_kv_heads=2, group=2, dtype="float16", window=window)
+    world = World(shape, lens, codecs=codecs, sink=16)
+    backend = make_backend(world, device)
+    batch = AttentionBatch(*map(list, zip(*lens, strict=True)), world.tables)
+    entries = [
+        table[: -(-seq_len // 16)] for (_, seq_len), table in zip(lens, world.tables, strict=True)
+    ]
+
+    def ints(*numbers, pad=0):
+        return torch.tensor([*numbers, *[0] * pad], dtype=torch.int32, device=device)
+
+    chunks = ChunkTensors(
+        ints(*plan_positions(batch), pad=7),
+        ints(*plan_slots(batch, 16), pad=7),
+        ints(0, 1, 41, 53, 53, 53),
+        ints(0, *(16 * n for n in (7, 7 + 34, 7 + 34 + 1)), *[16 * 42] * 2),
+        ints(97, 540, 12, pad=2),
+        ints(*itertools.chain(*entries), pad=backend.max_entries - 42),
+        ints(42),
+    )
+    new = [torch.cat((x, x[:7])) for x in world.qkv]  # what the padding has does not matter
+    null_block = world.cache.blocks[0].clone()
+
+    backend.plan_chunks(chunks)
+    out = backend.attend(1, backend.write_kv(1, *new))
+    backend.count_gathered(batch)
+
+    world.move("cpu")
+    assert_close(out[:53].cpu(), world.expected()[1], "float16")
+    assert torch.equal(world.cache.blocks[0], null_block.cpu())
+    assert backend.bytes_gathered > 0
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

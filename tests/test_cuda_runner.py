@@ -6,13 +6,14 @@ import math
 import pytest
 from compressing_engine import random_decoder
 from emulator import load_emulated
+from plain_flash import plain_flash
 
 from kvchat.attention.backends import make_backend
 from kvchat.attention.cuda import CudaBackend
 from kvchat.attention.rope import build_rope
 from kvchat.config import KVSpec, ModelConfig, SamplingParams, SchedulerConfig
+from kvchat.engine.capture_sizes import chunk_sizes, row_sizes
 from kvchat.engine.cuda_runner import CudaRunner
-from kvchat.engine.decode_graphs import buckets
 from kvchat.engine.engine import Engine
 from kvchat.engine.request import Request
 from kvchat.engine.runner import Runner
@@ -41,7 +42,7 @@ DRAWN = SamplingParams(temperature=0.7, top_k=20, max_tokens=7)
 ON_HOST = SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=11)
 
 
-def make_engine(is_cuda: bool, told: list) -> Engine:
+def make_engine(is_cuda: bool, told: list, flash=None) -> Engine:
     config = SchedulerConfig(
         NUM_BLOCKS, max_model_len=128, max_num_seqs=3, max_num_batched_tokens=32
     )
@@ -53,18 +54,18 @@ def make_engine(is_cuda: bool, told: list) -> Engine:
         runner = Runner(decoder, cache, make_backend("reference", MODEL, cache, rope), Sampler())
     else:
         decoder.ops = CudaOps(DTYPE, load_emulated)
-        rows = buckets(config.max_num_seqs)[-1]
-        backend = CudaBackend(MODEL, cache, rope, rows, 128, load_emulated)
+        rows = row_sizes(config.max_num_seqs)[-1]
+        backend = CudaBackend(MODEL, cache, rope, rows, 128, load_emulated, flash)
         runner = CudaRunner(decoder, cache, backend, Sampler(), config, load=load_emulated)
     runner.warm_up(lambda done, total: None)
     pool = BlockPool(NUM_BLOCKS, config.block_size)
     return Engine(Scheduler(config, pool), runner, told.extend)
 
 
-def play(is_cuda: bool) -> dict[int, list[int]]:
+def play(is_cuda: bool, flash=None) -> dict[int, list[int]]:
     """Five chats through three rows: they come and go, one is forked while it generates."""
     told: list = []
-    engine = make_engine(is_cuda, told)
+    engine = make_engine(is_cuda, told, flash)
     for session_id, (num_prompt, sampling) in enumerate(
         [(40, GREEDY), (3, DRAWN), (17, ON_HOST), (1, GREEDY), (33, DRAWN)]
     ):
@@ -85,16 +86,22 @@ def play(is_cuda: bool) -> dict[int, list[int]]:
     return said
 
 
-def test_replies_are_those_of_the_plain_runner():
-    said = play(is_cuda=True)
+@pytest.mark.parametrize("flash", [None, plain_flash], ids=["eager chunks", "captured chunks"])
+def test_replies_are_those_of_the_plain_runner(flash):
+    said = play(is_cuda=True, flash=flash)
 
     assert said == play(is_cuda=False)
     assert sorted(map(len, said.values())) == [7, 7, 9, 9, 9, 11]
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 16, 17, 100, 1000])
-def test_buckets_end_at_what_holds_all(max_rows):
-    sizes = buckets(max_rows)
+def test_sizes_end_at_what_holds_all(max_rows):
+    sizes = row_sizes(max_rows)
 
     assert sizes[0] == 1 and sizes[-1] >= max_rows and max_rows > (sizes[-2] if sizes[1:] else 0)
     assert all(2 * small >= large > small for small, large in itertools.pairwise(sizes))
+
+
+def test_a_step_of_chunks_is_captured_up_to_2048_tokens():
+    assert chunk_sizes(8192) == [16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert chunk_sizes(505)[-1] == 512 and chunk_sizes(1) == [16]

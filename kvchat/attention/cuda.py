@@ -4,12 +4,14 @@ New tokens that come one or a few at a time are rows of paged_decode, whatever t
 A longer chunk copies its sequence's K and V of one layer into a scratch, decoded, and uses torch's
 flash attention; so does every token of a model whose head_dim paged_decode is not written for.
 
-Two ways to plan a step: `plan` from a batch, and `plan_rows` from tensors of fixed place and size
-that somebody else fills (engine/decode_rows), which a CUDA graph may capture with the layers.
+A step is planned from a batch, by `plan`; or, by `plan_rows` and `plan_chunks`, from tensors of
+fixed place and size that somebody else fills (engine/decode_rows, engine/chunk_graphs), so that a
+CUDA graph may capture it with the layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kvchat.attention import AttentionBatch
 from kvchat.attention.cuda_ops import BlockOps, Load
+from kvchat.attention.flash import ChunkTensors, Flash, find_flash
 from kvchat.attention.kernels import load_kernel
 from kvchat.attention.paged_decode import PagedDecode, is_supported
 from kvchat.attention.rope import RopeTable
@@ -72,19 +75,22 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Step:
-    """The planned step. row_idxs: which of its tokens are rows; None: all, in their order."""
+    """The planned step. row_idxs: which of its tokens are rows; None: all, in their order. packed:
+    all of it, if plan_chunks has planned it."""
 
     positions: Tensor
     slots: Tensor
     num_rows: int
     row_idxs: Tensor | None
     chunks: list[_Chunk]
+    packed: ChunkTensors | None = None
 
 
 class CudaBackend:
     """See AttentionBackend. max_rows: rows of a step at most; max_len: tokens of a sequence.
 
-    `load` gives the kernels: kernels.load_kernel, or the emulator in tests, on CPU tensors.
+    `load` gives the kernels: kernels.load_kernel, or the emulator in tests, on CPU tensors. flash:
+    what plan_chunks needs; None: torch's, where it has one.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class CudaBackend:
         max_rows: int,
         max_len: int,
         load: Load = load_kernel,
+        flash: Flash | None = None,
     ) -> None:
         self.bytes_gathered = 0
         self.device = cache.blocks.device
@@ -106,6 +113,11 @@ class CudaBackend:
             signs = rotation_signs(layout.spec.head_dim).to(self.device)
         self.block_ops = BlockOps(layout, cache.payload, cache.side, signs, load)
         self._has_codes = signs is not None
+        spec = layout.spec
+        self._flash = flash or find_flash(self.device, spec.head_dim)
+        self.max_entries = -(-max_len // spec.block_size)  # that can be gathered at a time
+        num_gathered = 2 * spec.num_kv_heads * self.max_entries * spec.block_size * spec.head_dim
+        self._gathered = torch.zeros(num_gathered, dtype=cache.blocks.dtype, device=self.device)
         self._windows = sorted(set(config.layer_windows) or {0})
         self._decode = None
         if is_supported(layout):
@@ -117,6 +129,11 @@ class CudaBackend:
     def has_decode_kernel(self) -> bool:
         """Rows are read in place; else every token goes through a gathered copy, slower."""
         return self._decode is not None
+
+    @property
+    def can_plan_chunks(self) -> bool:
+        """Whether torch has the attention that plan_chunks needs, on this GPU."""
+        return self._flash is not None
 
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
         """The constructor has compiled and loaded all."""
@@ -160,6 +177,19 @@ class CudaBackend:
         self._step = _Step(rows.positions, rows.slots, num_rows, None, [])
         self._plan_kernels(rows.tables, rows.seq_lens)
 
+    def plan_chunks(self, chunks: ChunkTensors) -> None:
+        """Plan a step of chunks from what the tensors hold when it runs. The sequences' blocks are
+        max_entries at most; `count_gathered` is to be told of every run."""
+        assert self._flash is not None, "chunks are planned where can_plan_chunks"
+        self._step = _Step(chunks.positions, chunks.slots, 0, None, [], chunks)
+
+    def count_gathered(self, batch: AttentionBatch) -> None:
+        """Add to bytes_gathered what a run of plan_chunks' step copies in all the layers."""
+        spec = self._cache.spec
+        for seq_len, table in zip(batch.seq_lens, batch.block_tables, strict=True):
+            entries = np.array(table[: -(-seq_len // spec.block_size)])
+            self._count_gathered(entries, 0, seq_len, spec.num_layers)
+
     def write_kv(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionBackend.write_kv."""
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -177,6 +207,8 @@ class CudaBackend:
         """See AttentionBackend.attend."""
         window = self._config.layer_windows[layer_idx] if self._config.layer_windows else 0
         step, q_codes = self._step, self._q_codes
+        if step.packed is not None:
+            return self._attend_packed(layer_idx, q, step.packed, window)
         if step.row_idxs is None:
             return self._attend_rows(layer_idx, q, q_codes, window)
         out = torch.empty_like(q)
@@ -211,6 +243,17 @@ class CudaBackend:
         plan, scale = self._plans[window], self._config.attention_scale
         self._decode.attend(out, q, q_codes, self._cache, plan, layer_idx, scale)
         return out
+
+    def _attend_packed(
+        self, layer_idx: int, q: Tensor, chunks: ChunkTensors, window: int
+    ) -> Tensor:
+        """All chunks at once. Of layers with a window more is gathered than is read."""
+        assert self._flash is not None, "chunks are planned where can_plan_chunks"
+        num_tokens = self.max_entries * self._cache.spec.block_size
+        k, v = gathered = self._scratch(num_tokens)
+        self.block_ops.gather(layer_idx, gathered, chunks.table, chunks.num_entries)
+        scale = self._config.attention_scale
+        return self._flash(q, k.transpose(0, 1), v.transpose(0, 1), chunks, scale, window)
 
     def _attend_chunk(self, layer_idx: int, q: Tensor, chunk: _Chunk, window: int) -> Tensor:
         """q and the result: [n, num_heads, head_dim] of one chunk's tokens."""
@@ -256,13 +299,24 @@ class CudaBackend:
 
         K and V: [1, num_kv_heads, tokens, head_dim] in the pool's dtype.
         """
-        spec, skipped = self._cache.spec, oldest // self._cache.spec.block_size
-        first_key = skipped * spec.block_size
-        shape = (2, spec.num_kv_heads, chunk.seq_len - first_key, spec.head_dim)
-        scratch = torch.empty(shape, dtype=self._cache.blocks.dtype, device=self.device)
+        skipped = oldest // self._cache.spec.block_size
+        first_key = skipped * self._cache.spec.block_size
+        scratch = self._scratch(chunk.seq_len - first_key)
         self.block_ops.gather(layer_idx, scratch, chunk.table[skipped:])
-        last_tokens = chunk.seq_len - (chunk.entries.size - 1) * spec.block_size
-        self.bytes_gathered += spec.num_kv_heads * stored_bytes(
-            self._cache.layout, chunk.entries[skipped:], skipped, last_tokens
-        )
+        self._count_gathered(chunk.entries, skipped, chunk.seq_len, 1)
         return first_key, scratch[:1], scratch[1:]
+
+    def _scratch(self, num_tokens: int) -> Tensor:
+        """[2 (K, V), num_kv_heads, num_tokens, head_dim], the same memory every time."""
+        spec = self._cache.spec
+        shape = (2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        return self._gathered[: math.prod(shape)].view(shape)
+
+    def _count_gathered(
+        self, entries: np.ndarray, skipped: int, seq_len: int, num_layers: int
+    ) -> None:
+        """entries: of the whole sequence, of which the first `skipped` are not gathered."""
+        layout = self._cache.layout
+        last_tokens = seq_len - (entries.size - 1) * layout.spec.block_size
+        num_bytes = stored_bytes(layout, entries[skipped:], skipped, last_tokens)
+        self.bytes_gathered += num_layers * layout.spec.num_kv_heads * num_bytes

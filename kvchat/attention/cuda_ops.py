@@ -20,6 +20,7 @@ _WARP = 32
 _WARPS_PER_BLOCK = 4
 _BLOCK = (_WARP * _WARPS_PER_BLOCK, 1, 1)
 _COPY_BLOCK, _COPY_BLOCKS_PER_PAIR = 256, 32
+_GATHER_BLOCKS = 256  # for each head, where only the device knows how many have something to do
 _VECTOR = 8  # 16-bit elements of a vector
 _NORM_VECTORS = 4  # of a thread at most, MAX_VECTORS of rms_norm.cu
 _MAX_THREADS = 1024
@@ -141,11 +142,14 @@ class BlockOps:
         ]  # fmt: skip
         self._write.launch((num_tokens, num_groups, 1), _BLOCK, args)
 
-    def gather(self, layer_idx: int, out: Tensor, table: Tensor) -> None:
-        """Decode a sequence's blocks of one layer, keys unrotated.
+    def gather(
+        self, layer_idx: int, out: Tensor, table: Tensor, in_use: Tensor | None = None
+    ) -> None:
+        """Decode blocks of one layer, keys unrotated.
 
         out: [2 (K, V), num_kv_heads, num_tokens, head_dim]; table: int32 [num_entries], entries of
-        its positions 0, block_size, ...; num_tokens ends in the last of them.
+        its positions 0, block_size, ...; num_tokens ends in the last of them. in_use: int32 [1],
+        how many of the entries are wanted, known to the device alone; None: all.
         """
         _, num_kv_heads, num_tokens, _ = out.shape
         block_size = self._layout.spec.block_size
@@ -153,10 +157,11 @@ class BlockOps:
         payload = self._payload[:, layer_idx]
         side = self._side[:, layer_idx] if self._side is not None else None
         args = [
-            out, payload, payload.stride(0), side, self._side_stride, table, self._signs,
+            out, payload, payload.stride(0), side, self._side_stride, table, in_use, self._signs,
             num_tokens, self._layout.side_bytes,
         ]  # fmt: skip
-        self._gather.launch((table.numel(), num_kv_heads, 2), _BLOCK, args)
+        num_blocks = table.numel() if in_use is None else min(table.numel(), _GATHER_BLOCKS)
+        self._gather.launch((num_blocks, num_kv_heads, 2), _BLOCK, args)
 
     def copy(self, pairs: Tensor) -> None:
         """Copy blocks, payload and side. pairs: int32 [n, 2] of (source, destination), no block

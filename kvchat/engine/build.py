@@ -215,15 +215,15 @@ def make_runner(
         runner.warm_up(lambda done, total: progress("compiling kernels", done, total))
         return runner
     from kvchat.attention.cuda import CudaBackend
+    from kvchat.engine.capture_sizes import row_sizes
     from kvchat.engine.cuda_runner import CudaRunner
-    from kvchat.engine.decode_graphs import buckets
     from kvchat.model.cuda_ops import CudaOps
 
     load = _TellingLoad(progress)
     if not isinstance(decoder.ops, CudaOps):  # else another pool's graphs use what it has reserved
         decoder.ops = CudaOps(cache.spec.dtype, load)
         decoder.ops.warm_up(decoder.linears())
-    max_rows = buckets(config.max_num_seqs)[-1]
+    max_rows = row_sizes(config.max_num_seqs)[-1]
     cuda = CudaBackend(decoder.config, cache, rope, max_rows, config.max_request_tokens, load)
     cache.use_kernels(cuda.block_ops)
     runner = CudaRunner(decoder, cache, cuda, sampler, config, use_graphs, load)

@@ -1,4 +1,4 @@
-"""Steps on a GPU: rows that decode replay a graph, chunks of prompts run eagerly beside them.
+"""Steps on a GPU: rows that decode replay a graph, chunks of prompts another.
 
 A step's tokens stay on the device, where the next step takes its inputs from, so the host builds
 that one while this one is computed. Rows whose rules of drawing only the host knows (penalties, a
@@ -8,17 +8,22 @@ bias, ...) are drawn there, and their step is waited for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvchat.attention import AttentionBatch
 from kvchat.attention.cuda import CudaBackend
 from kvchat.attention.cuda_ops import Load
 from kvchat.attention.kernels import load_kernel
 from kvchat.attention.top_k import TopK
 from kvchat.config import SchedulerConfig
-from kvchat.engine.decode_graphs import DecodeGraphs, buckets
+from kvchat.engine.capture_sizes import row_sizes
+from kvchat.engine.captures import Captures
+from kvchat.engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
+from kvchat.engine.decode_graphs import DecodeGraphs
 from kvchat.engine.decode_rows import KNOWN, DecodeRows
 from kvchat.engine.device_sampler import DeviceSampler, can_draw, draw_fields
 from kvchat.engine.request import Batch, Row
@@ -93,15 +98,22 @@ class CudaRunner(Runner):
     ) -> None:
         super().__init__(decoder, cache, backend, sampler)
         self._has_kernel = backend.has_decode_kernel
-        max_rows = buckets(config.max_num_seqs)[-1]
+        max_rows = row_sizes(config.max_num_seqs)[-1]
         assert max_rows <= backend.max_rows, f"{max_rows} rows, {backend.max_rows} in the backend"
         max_entries = -(-config.max_request_tokens // config.block_size) + 1
         device, vocab_size = decoder.device, decoder.lm_head.weight.shape[0]
         kernels = TopK(vocab_size, cache.spec.dtype, max_rows, load, str(device))
         self._device_sampler = DeviceSampler(kernels)
         self._rows = DecodeRows(max_rows, max_entries, config.block_size, device)
-        self._graphs = DecodeGraphs(decoder, backend, self._rows, self._device_sampler, use_graphs)
+        self._captures = captures = Captures(device, use_graphs)
+        self._graphs = DecodeGraphs(decoder, backend, self._rows, self._device_sampler, captures)
         self._tokens = self._graphs.tokens
+        self._chunks = None
+        if backend.can_plan_chunks:
+            self._chunks = ChunkGraphs(
+                decoder, backend, self._tokens[max_rows:][:MAX_CHUNKS], self._device_sampler,
+                captures, config.max_num_batched_tokens, config.block_size,
+            )  # fmt: skip
         is_gpu = self._tokens.is_cuda
         self._read = [
             torch.zeros(self._tokens.shape, dtype=torch.int64, pin_memory=is_gpu)
@@ -111,10 +123,17 @@ class CudaRunner(Runner):
         self._last = PendingStep(self._read[0], [], None)
         self._places: dict[int, int] = {}  # of the last step that sampled
 
+    @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None]) -> None:
-        """Capture every number of rows."""
-        if self._has_kernel:
-            self._graphs.capture(progress)
+        """Capture chunks and rows of every size, those first that take the most memory."""
+        graphs: list[ChunkGraphs | DecodeGraphs] = [self._chunks] if self._chunks else []
+        graphs += [self._graphs] if self._has_kernel else []
+        steps = [(own, size) for own in graphs for size in reversed(own.sizes)]
+        with self._captures.quiet():
+            for num_done, (own, size) in enumerate(steps):
+                progress(num_done, len(steps))
+                own.capture(size)
+        progress(len(steps), len(steps))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
@@ -159,26 +178,36 @@ class CudaRunner(Runner):
 
     def _launch_chunks(self, chunks: list[Row], sampled: _Sampled) -> None:
         """Several new tokens each; without a decode kernel, everybody's."""
-        input_ids: list[int] = []
-        last_tokens: list[int] = []
-        for row in chunks:
-            input_ids += self._ids(row, row.start)
-            if row.is_sampled:
-                last_tokens.append(len(input_ids) - 1)
-        self._backend.plan(attention_batch(chunks))
-        hidden = self._decoder.hidden(self._send(input_ids), self._backend)
-        drawn = [row for row in chunks if row.is_sampled]
-        if not drawn:
+        input_ids = [token_id for row in chunks for token_id in self._ids(row, row.start)]
+        batch = attention_batch(chunks)
+        if self._chunks is None or not self._chunks.can_run(batch):
+            self._launch_eagerly(chunks, batch, input_ids, sampled)
             return
-        logits = self._decoder.logits(hidden[self._send(last_tokens)])
-        fields = _draw_fields(drawn)
-        first, end = self._rows.max_rows, self._rows.max_rows + len(drawn)
+        is_drawn = any(row.is_sampled for row in chunks)
+        self._chunks.run(batch, input_ids, _draw_fields(chunks) if is_drawn else None)
+        for idx, row in enumerate(chunks):
+            sampled.add(row, self._rows.max_rows + idx, self._chunks.logits[idx])
+
+    def _launch_eagerly(
+        self, chunks: list[Row], batch: AttentionBatch, input_ids: list[int], sampled: _Sampled
+    ) -> None:
+        """What was not captured: launch by launch."""
+        self._backend.plan(batch)
+        hidden = self._decoder.hidden(self._send(input_ids), self._backend)
+        last_tokens = [end - 1 for end in accumulate(batch.query_lens)]
+        rows = [row for row in chunks if row.is_sampled]
+        if not rows:
+            return
+        drawn = [last for row, last in zip(chunks, last_tokens, strict=True) if row.is_sampled]
+        logits = self._decoder.logits(hidden[self._send(drawn)])
+        fields = _draw_fields(rows)
+        first, end = self._rows.max_rows, self._rows.max_rows + len(rows)
         self._tokens[first:end] = (
             self._device_sampler.draw(logits, send(fields, torch.float64, self._tokens.device))
             if fields.any()
             else self._device_sampler.greedy(logits)
         )
-        for idx, row in enumerate(drawn):
+        for idx, row in enumerate(rows):
             sampled.add(row, first + idx, logits[idx])
 
     def _draw_here(self, rows: list[Row], sampled: _Sampled) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from kvchat.config import DTYPE_BYTES, ModelConfig
+from kvchat.engine.capture_sizes import chunk_sizes
 from kvchat.kv.layout import BlockLayout
 from kvchat.model.sizes import DEQUANTISED_VALUES
 
@@ -55,6 +56,7 @@ def cuda_workspace(
     logits = config.vocab_size * (2 * size + 3 * _FLOAT)  # a row: twice as made, thrice as drawn
     entries = -(-caps.max_len // layout.spec.block_size) + 1
     widest = max(config.hidden_size, config.intermediate_size)
+    most = max(caps.num_rows, chunk_sizes(caps.num_tokens)[-1])  # tokens of a captured step
     return Workspace(
         activations=caps.num_tokens * token_bytes(config, size),
         logits=caps.num_rows * logits,
@@ -63,7 +65,7 @@ def cuda_workspace(
         tables=caps.num_rows * entries * _INT + caps.max_len * config.head_dim * _FLOAT,
         products=CUBLAS_BYTES
         + (max(DEQUANTISED_VALUES, widest) * size if weights == "int8" else 0),
-        graphs=caps.num_rows * (token_bytes(config, size) + logits),
+        graphs=most * token_bytes(config, size) + caps.num_rows * logits,
         driver=_DRIVER_BYTES,
     )
 
