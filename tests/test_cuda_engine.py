@@ -289,29 +289,6 @@ def count_replays(chats):
     return found
 
 
-@pytest.mark.gpu
-def test_the_ledger_is_what_torch_and_cupy_have_given_out(source):
-    import cupy
-
-    from kvchat.engine.build import EngineOptions, build_engine
-
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    options = EngineOptions("cuda", kv_mem="1GiB", max_num_seqs=16)
-    engine, _ = build_engine(
-        source, parse_config(source), options, lambda *_: None, lambda events: None, frozenset()
-    )
-    answer = engine.audit()
-    engine.answer_audits()
-    ledger = answer.result(timeout=0)
-
-    given = torch.cuda.memory_allocated() - before + cupy.get_default_memory_pool().used_bytes()
-    parts = {"payload", "side arrays", "scratch", "weights"}
-    counted = sum(entry.num_bytes for entry in ledger.entries if entry.part in parts)
-    assert ledger.problems == ()
-    assert counted == pytest.approx(given, rel=0.01)
-
-
 def test_one_token_that_the_reference_would_not_say_shows(decoders, prompts):
     def scenario(chats):
         chats.turn(0, prompts[0], 16)

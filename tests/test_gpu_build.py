@@ -60,3 +60,14 @@ def test_without_a_choice_the_pool_takes_what_is_left_of_the_gpu():
     assert facts.scheduler.max_num_batched_tokens == 2048 and facts.scheduler.max_num_seqs == 256
     assert facts.pool_bytes > 0.5 * gpu.used
     assert len(reply(engine, events)) == 24
+
+
+@pytest.mark.gpu
+def test_of_what_torch_has_given_out_the_ledger_knows_all_but_a_hundredth():
+    engine, _, _ = build(SPROUT, EngineOptions("cuda", kv_mem="8GiB", max_num_seqs=16))
+
+    found = ledger(engine)
+
+    parts = {"payload", "side arrays", "scratch", "weights"}
+    known = sum(entry.num_bytes for entry in found.entries if entry.part in parts)
+    assert known == pytest.approx(found.gpu.allocated + found.gpu.cupy, rel=0.01)
