@@ -78,10 +78,10 @@ __device__ __forceinline__ void write_out(scalar_t* out, const Combined<float2>&
     *reinterpret_cast<u32*>(out) = pack2<scalar_t>(all.sum.x * factor, all.sum.y * factor);
 }
 
-// What num_splits blocks wrote, added in order.
+// What num_splits blocks wrote, added in order; begin: the place of the first.
 __device__ __forceinline__ Combined<float4> add_splits(const float* sums, const float* stats,
                                                        long long sums_step, long long stats_step,
-                                                       int num_splits) {
+                                                       int num_splits, int begin) {
     constexpr int BATCH = 8;  // in flight
     Combined<float4> all = {make_float4(0, 0, 0, 0), LEAST, 0.0f};
     for (int first = 0; first < num_splits; first += BATCH) {
@@ -89,8 +89,9 @@ __device__ __forceinline__ Combined<float4> add_splits(const float* sums, const 
         float tops[BATCH], weights[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            int here = first + i;
-            bool is_there = here < num_splits;
+            bool is_there = first + i < num_splits;
+            int here = begin + first + i;
+            if (here >= num_splits) here -= num_splits;
             sum[i] = is_there ? load_float4(sums + here * sums_step) : make_float4(0, 0, 0, 0);
             tops[i] = is_there ? stats[here * stats_step] : LEAST;
             weights[i] = is_there ? stats[here * stats_step + 1] : 0.0f;

@@ -12,6 +12,7 @@ constexpr int RECORD_START = 3;       // of the split, a multiple of its size
 constexpr int RECORD_SIZE = 4;        // positions of a split of this row; the last may hold fewer
 constexpr int RECORD_SPLIT = 5;       // which split of its row
 constexpr int RECORD_NUM_SPLITS = 6;  // of the row; their records stand one after another
+constexpr int RECORD_PLACE = 7;       // of the split among these, which begin anywhere and go round
 constexpr int RECORD_HEADER = 8;
 constexpr int MAX_SPLIT = 2048;  // positions
 constexpr int GRANULE = 16;      // positions that are in one block whatever the block's codec

@@ -3,6 +3,8 @@
 // grid: num_rows blocks of any size; no shared memory beyond one int. A row's splits depend on its
 // own length only: the least power of two that makes at most target_splits of them, from min_split
 // to MAX_SPLIT positions. A row of length 0 gets one empty split, so that its output is zero.
+// Blocks of threads take every so manieth record, which may be the same split of row after row; so
+// each row begins with another of its splits, or the native ones would all fall to the same blocks.
 #include "ptx.cuh"
 #include "decode_record.cuh"
 
@@ -21,6 +23,16 @@ __device__ __forceinline__ Splits splits_of(int seq_len, int window, int target_
     splits.first = splits.oldest / splits.size;
     splits.count = max(1, (seq_len + splits.size - 1) / splits.size - splits.first);
     return splits;
+}
+
+// How far the row's splits are turned: by the golden section a row, so that rows at any distance
+// differ.
+__device__ __forceinline__ int turn_of(int row, int count) {
+    return int((long long)row * ((count * 25 + 32) / 64) % count);
+}
+
+__device__ __forceinline__ int place_of_split(int split, int turn, int count) {
+    return split < turn ? split - turn + count : split - turn;
 }
 
 // grid: (num_rows), any block size.
@@ -46,15 +58,17 @@ extern "C" __global__ void plan_decode_kernel(
     Splits splits = splits_of(seq_lens[row], window, target_splits, min_split);
     if (row == int(gridDim.x) - 1 && threadIdx.x == 0) plan[0] = base + splits.count;
     int* records = plan + RECORD_HEADER + (long long)base * RECORD_INTS;
-    int entries_each = splits.size / block_size;
+    int turn = turn_of(row, splits.count), entries_each = splits.size / block_size;
     int first_entry = splits.first * entries_each;
     int num_entries = (seq_lens[row] + block_size - 1) / block_size - first_entry;
     for (int i = threadIdx.x; i < num_entries; i += blockDim.x) {
-        int* record = records + i / entries_each * RECORD_INTS;
+        int place = place_of_split(i / entries_each, turn, splits.count);
+        int* record = records + place * RECORD_INTS;
         record[RECORD_HEADER + i % entries_each] = tables[row * tables_stride + first_entry + i];
     }
     for (int split = threadIdx.x; split < splits.count; split += blockDim.x) {
-        int* record = records + split * RECORD_INTS;
+        int place = place_of_split(split, turn, splits.count);
+        int* record = records + place * RECORD_INTS;
         int start = (splits.first + split) * splits.size;
         record[RECORD_ROW] = row;
         record[RECORD_OLDEST] = splits.oldest;
@@ -63,5 +77,6 @@ extern "C" __global__ void plan_decode_kernel(
         record[RECORD_SIZE] = splits.size;
         record[RECORD_SPLIT] = split;
         record[RECORD_NUM_SPLITS] = splits.count;
+        record[RECORD_PLACE] = place;
     }
 }

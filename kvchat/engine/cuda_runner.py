@@ -46,9 +46,10 @@ class PendingStep(Step):
         self._event = event
 
     def tokens(self) -> list[int]:
-        """Wait for it: one id per sampled row, in row order, -1 where logits were not finite."""
-        if not self._places:
-            return []
+        """Wait for it: one id per sampled row, in row order, -1 where logits were not finite.
+
+        Also for a step without such rows: what it reads is written again two steps later.
+        """
         self.wait()
         here = self._here.tolist()
         return [here[place] for place in self._places]

@@ -125,7 +125,7 @@ def _sanitizer(tool: str) -> Part:
         is_clean = bool(summaries) and all(re.match("0 (errors|hazards)", x) for x in summaries)
         return [Figure(tool, summaries[-1] if summaries else "no summary", "0 errors", is_clean)]
 
-    return Part(tool, command, 60, read, "sanitizer", must_pass=True)
+    return Part(tool, command, 110, read, "sanitizer", must_pass=True)
 
 
 def find_sanitizer() -> str:
