@@ -272,9 +272,11 @@ __device__ __forceinline__ void score_int8(float (&x)[MAX_TILES][4], const u8* k
 
 #if MAX_CODEC == 2
 // The B operands of one word of a lane's INT4 keys: q of the low and of the high codes, times their
-// scales; and q . zeros, where the zeros are a tile of 16 equal rows.
-__device__ __forceinline__ void scale_query(u32 (&b)[2][2], float (&zero_sums)[4],
-                                            const Query& query, const u32* zeros,
+// scales; q . zeros, where the zeros are a tile of 16 equal rows. rests += what rounding the products
+// has left.
+__device__ __forceinline__ void scale_query(u32 (&b)[2][2], u32 (&rests)[2][2],
+                                            float (&zero_sums)[4], const Query& query,
+                                            const u32* zeros,
                                             const u32 (&scales)[HEAD_DIM / 2], int word, int lane) {
     typedef Form<INT4> F;
     int byte = word / F::K_WORDS * 4 * F::K_LOAD + lane % 4 * F::K_LOAD + word % F::K_WORDS * 4;
@@ -287,27 +289,34 @@ __device__ __forceinline__ void scale_query(u32 (&b)[2][2], float (&zero_sums)[4
         u32 second = prmt<0x7632>(zeros[pair], zeros[pair + 1]);
         u32 a[4] = {first, first, second, second};
         mma_16x8x16<half_t>(zero_sums, a, plain);
-        b[half][0] = mul2<half_t>(q.x, scales[pair]);
-        b[half][1] = mul2<half_t>(q.y, scales[pair + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            b[half][i] = mul2<half_t>(plain[i], scales[pair + i]);
+            u32 rest = fma2<half_t>(plain[i], scales[pair + i], neg2(b[half][i]));
+            rests[half][i] = fma2<half_t>(rest, 0x3c003c00u, rests[half][i]);
+        }
     }
 }
 
 // q . k = q . zeros + super * (q * scales) . codes. The codes' bits are taken for halves as they
 // are: those of the low four are 2^-24 of what they mean, those of the high four 2^-20, and the low
-// channels' scales are 16 times theirs.
+// channels' scales are 16 times theirs. Rounding (q * scales) costs a key the more the larger its
+// codes are, so what it has left is added as for a key of codes 8 (0x80, as those of the high four).
 __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* keys,
                                            const Query& query, const u32* zeros,
                                            const u32 (&scales)[HEAD_DIM / 2], float super_scale,
                                            int lane) {
     typedef Form<INT4> F;
-    float sums[4][4] = {}, zero_sums[4] = {};
+    float sums[4][4] = {}, zero_sums[4] = {}, rest_sums[4] = {};
+    u32 rests[2][2] = {};
     super_scale *= 1048576.0f;  // 2^20
 #pragma unroll
     for (int load = 0; load < F::K_LOADS; ++load) {
         u32 b[F::K_WORDS][2][2];
 #pragma unroll
         for (int word = 0; word < F::K_WORDS; ++word) {
-            scale_query(b[word], zero_sums, query, zeros, scales, load * F::K_WORDS + word, lane);
+            scale_query(b[word], rests, zero_sums, query, zeros, scales, load * F::K_WORDS + word,
+                        lane);
         }
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {
@@ -325,12 +334,16 @@ __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* k
             }
         }
     }
+    u32 all[2], middle[4] = {0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) all[i] = fma2<half_t>(rests[0][i], 0x2c002c00u, rests[1][i]);  // / 16
+    mma_16x8x16<half_t>(rest_sums, middle, all);
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float scale = query.scale[INT4][lane % 4 * 2 + i % 2];
-            x[tile][i] = (sums[tile][i] * super_scale + zero_sums[i]) * scale;
+            x[tile][i] = ((sums[tile][i] + rest_sums[i]) * super_scale + zero_sums[i]) * scale;
         }
     }
 }

@@ -218,6 +218,17 @@ template <> __device__ __forceinline__ u32 fma2<bfloat16_t>(u32 a, u32 b, u32 c)
 #endif
 #endif
 
+// -a of pairs; an fma takes it for nothing.
+__device__ __forceinline__ u32 neg2(u32 a) {
+#ifdef KVCHAT_EMULATOR
+    return a ^ 0x80008000u;
+#else
+    u32 d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+#endif
+}
+
 // a * b of pairs: fma with -0, which keeps the sign of a zero.
 template <class T> __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
     return fma2<T>(a, b, 0x80008000u);
