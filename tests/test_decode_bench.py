@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_model import write_tiny_model
@@ -80,8 +81,9 @@ def test_the_command_tells_each_case_as_it_is_done(folder):
 
     code = run_cli(["bench", "decode", "-m", str(folder), *flags], Show(out, io.StringIO()))
 
-    first, second = out.getvalue().splitlines()
+    about, first, second = out.getvalue().splitlines()
     assert code == 0
+    assert about.endswith("attention: numba kernels")
     assert first.startswith("2x20:native") and "the host's" in first
     assert second.startswith("prompt 30") and "to the first token" in second
 
@@ -94,3 +96,11 @@ def test_records_for_programs(folder):
     record = json.loads(out.getvalue())
     assert record["case"] == "2x20:int8" and record["num_steps"] == 3
     assert record["tokens_a_second"] > 0
+    assert record["attention"] == "numba kernels"
+
+
+@pytest.mark.parametrize(("head_dim", "word"), [(128, "paged_decode"), (8, "slower")])
+def test_on_a_gpu_it_says_which_attention_runs(model, head_dim, word):
+    spec = replace(model.spec, head_dim=head_dim, dtype="float16")
+
+    assert word in replace(model, device="cuda", spec=spec).attention

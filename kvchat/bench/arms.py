@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from kvchat.attention.paged_decode import is_supported
 from kvchat.bench.shapes import find_shape
 from kvchat.config import KVPolicy, KVSpec, ModelConfig, SchedulerConfig
 from kvchat.engine.build import make_runner
@@ -62,6 +63,15 @@ class Model:
     def weight_bytes(self) -> int:
         """Read in every step: all matrices."""
         return sum(linear.num_bytes for linear in self.decoder.linears())
+
+    @property
+    def attention(self) -> str:
+        """What reads the KV pool in steps that only generate."""
+        if self.device == "cpu":
+            return "numba kernels"
+        if is_supported(BlockLayout(self.spec, Codec.NATIVE)):
+            return "paged_decode"
+        return f"gathered for torch, slower: no kernel for heads of {self.spec.head_dim}"
 
     @property
     def vocab(self) -> range:

@@ -130,7 +130,8 @@ class DecodeFlags:
 
 
 def lines(flags: DecodeFlags, progress: Progress) -> Iterator[str]:
-    """A line for each case, then for each prompt, as soon as it is measured. Raises KvchatError."""
+    """A line for each case and each prompt, as soon as it is measured; before them, as text, what is
+    measured. Raises KvchatError."""
     cases = [parse_case(text) for text in flags.cases]
     if not cases and not flags.prompts:
         cases = [DecodeCase(8, 512)]
@@ -140,8 +141,11 @@ def lines(flags: DecodeFlags, progress: Progress) -> Iterator[str]:
         run_decode_bench(model, cases, flags.num_steps, progress),
         run_prompt_bench(model, flags.prompts, flags.reps, progress),
     )
+    about = {"model": model.name, "dtype": model.spec.dtype, "attention": model.attention}
+    if flags.output == "text":
+        yield f"{model.name}  {model.spec.dtype}  {model.device}  attention: {model.attention}"
     for speed in found:
-        yield json.dumps(speed.record()) if flags.output == "jsonl" else speed.line
+        yield json.dumps(about | speed.record()) if flags.output == "jsonl" else speed.line
 
 
 def parse_case(text: str) -> DecodeCase:

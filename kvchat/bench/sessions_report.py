@@ -189,7 +189,7 @@ def setup_lines(result: BenchResult) -> list[str]:
     depth = f", {work.depth} before" if work.depth else ""
     return [
         f"kvchat {__version__}  {model.name}  {model.spec.dtype}  {device_name(model.device)}"
-        f"  torch {torch.__version__.partition('+')[0]}",
+        f"  torch {torch.__version__.partition('+')[0]}  attention: {model.attention}",
         f"pool {format_size(pool)}, {share}; blocks of {model.spec.block_size}; load"
         f" {model.load_s:.1f} s, compile {compile_s:.1f} s, warm-up {result.warmup_s:.1f} s;"
         f" all {result.total_s:.0f} s",
@@ -305,6 +305,7 @@ def records(result: BenchResult, limits_ms: dict[str, float]) -> list[dict[str, 
         "model": result.model.name,
         "dtype": result.model.spec.dtype,
         "device": device_name(result.model.device),
+        "attention": result.model.attention,
         "block_size": result.model.spec.block_size,
         "sessions": len(result.scripts),
         "seed": result.options.workload.seed,
