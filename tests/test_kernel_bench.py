@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from kvchat.bench.block_kernels import BLOCK_PARTS
 from kvchat.bench.kernel_cases import DecodeShape
+from kvchat.bench.kernel_timer import Timer
 from kvchat.bench.kernels import KernelReport, KernelTime, format_kernels, run_kernel_bench
 from kvchat.errors import UsageError
 from kvchat.kv.layout import Codec
@@ -33,3 +35,15 @@ def test_labels():
 def test_without_a_gpu_it_says_what_is_missing():
     with pytest.raises(UsageError, match=r"without CUDA|CuPy is missing"):
         run_kernel_bench(lambda *_: None)
+
+
+@pytest.mark.gpu
+def test_kernels_that_move_blocks_and_rows_are_measured():
+    timer = Timer()
+
+    found = [time for part in BLOCK_PARTS.values() for time in part(timer)]
+
+    names = {time.kernel.partition(" ")[0] for time in found}
+    kernels = ("rope_write_kv", "gather_blocks", "copy_blocks", "compress_blocks", "rms_norm")
+    assert names == {*kernels, "silu_mul"}
+    assert all(0 < time.tb_per_s < 100 for time in found)

@@ -130,8 +130,8 @@ class DecodeFlags:
 
 
 def lines(flags: DecodeFlags, progress: Progress) -> Iterator[str]:
-    """A line for each case and each prompt, as soon as it is measured; before them, as text, what is
-    measured. Raises KvchatError."""
+    """A line for each case and each prompt as soon as it is measured, as text after one that says
+    what is measured. Raises KvchatError."""
     cases = [parse_case(text) for text in flags.cases]
     if not cases and not flags.prompts:
         cases = [DecodeCase(8, 512)]

@@ -1,4 +1,5 @@
-"""What decode attention, products and draws of decoding cost on this GPU, beside others' kernels.
+"""What the kernels cost on this GPU, beside others': attention, products, draws, and (by
+bench/block_kernels) the rest.
 
 Each time is the median of launches between two events, the caches filled with other data before
 each, as a model's weights fill them: what counts is the memory's speed, so that is measured too.
@@ -7,9 +8,8 @@ each, as a model's weights fill them: what counts is the memory's speed, so that
 from __future__ import annotations
 
 import importlib.util
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from kvchat.attention.kernels import check_cuda, load_kernel
 from kvchat.attention.paged_decode import PagedDecode
 from kvchat.attention.skinny_gemm import SkinnyGemm
 from kvchat.attention.top_k import NUM_DRAW_FIELDS, TOP, TopK
+from kvchat.bench.block_kernels import BLOCK_PARTS
 from kvchat.bench.kernel_cases import (
     BLOCK_SIZE,
     HEAD_DIM,
@@ -27,12 +28,12 @@ from kvchat.bench.kernel_cases import (
     DecodeTensors,
     make_tensors,
 )
+from kvchat.bench.kernel_timer import KernelTime, Timer
 from kvchat.kv.layout import Codec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NUM_REPEATS = 15
 _NATIVE, _INT8, _INT4 = (Codec.NATIVE,), (Codec.INT8,), (Codec.INT4,)
 DECODE_SHAPES = (
     DecodeShape(1, 4096, 32, 8),
@@ -57,25 +58,8 @@ PRODUCTS = {
 PRODUCT_ROWS = (1, 8, 16)
 VOCAB_SIZE, LOGITS_ROWS = 128256, (1, 8, 64)
 _DRAW_RULES = (0.8, 40, 0.95, 0.05, 0.5)  # temperature, top_k, top_p, min_p, uniform
-_FLUSH_BYTES = 256 << 20  # several times any L2
 _READ_BYTES = 1 << 30
 _READ_GRIDS = (1056, 2112, 8192, 33792)
-
-
-@dataclass(frozen=True)
-class KernelTime:
-    """One kernel at one shape; others: microseconds of other programs' kernels by name."""
-
-    kernel: str
-    shape: str
-    us: float
-    num_bytes: int
-    others: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def tb_per_s(self) -> float:
-        """Bytes that must be read over the time."""
-        return self.num_bytes / self.us / 1e6
 
 
 @dataclass(frozen=True)
@@ -91,21 +75,20 @@ class KernelReport:
 def run_kernel_bench(progress: Callable[[str, int, int], None]) -> KernelReport:
     """All shapes that fit the device's memory. Raises UsageError where there is no GPU to use."""
     check_cuda()
-    timer = _Timer()
+    timer = Timer()
     read_tb_per_s, empty_us = _measure_reads(timer)
     times: list[KernelTime] = []
-    num_parts = len(DECODE_SHAPES) + len(PRODUCTS) + len(LOGITS_ROWS)
-    for done, shape in enumerate(DECODE_SHAPES):
-        progress(shape.label, done, num_parts)
-        times.append(_time_decode(timer, shape))
+    parts: list[tuple[str, Callable[[Timer], Iterable[KernelTime]]]] = [
+        *((shape.label, partial(_time_decode, shape)) for shape in DECODE_SHAPES),
+        *((name, partial(_time_products, name)) for name in PRODUCTS),
+        *((f"{num} rows of logits", partial(_time_draws, num)) for num in LOGITS_ROWS),
+        *BLOCK_PARTS.items(),
+    ]
+    for done, (name, measure) in enumerate(parts):
+        progress(name, done, len(parts))
+        times += measure(timer)
         torch.cuda.empty_cache()
-    for done, name in enumerate(PRODUCTS, len(DECODE_SHAPES)):
-        progress(name, done, num_parts)
-        times += _time_products(timer, name)
-    for done, num_rows in enumerate(LOGITS_ROWS, num_parts - len(LOGITS_ROWS)):
-        progress(f"{num_rows} rows of logits", done, num_parts)
-        times += _time_draws(timer, num_rows)
-    progress("", num_parts, num_parts)
+    progress("", len(parts), len(parts))
     device = torch.cuda.get_device_name()
     return KernelReport(device, read_tb_per_s, empty_us, times)
 
@@ -129,30 +112,7 @@ def format_kernels(report: KernelReport) -> str:
     return "\n".join(lines)
 
 
-class _Timer:
-    """Times launches on torch's current stream, with cold caches."""
-
-    def __init__(self) -> None:
-        self._other_data = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-
-    def us(self, launch: Callable[[], object]) -> float:
-        """Median microseconds; the first two launches are not counted."""
-        pairs = [self._launch(launch) for _ in range(NUM_REPEATS + 2)]
-        torch.cuda.synchronize()
-        times: list[float] = [start.elapsed_time(end) for start, end in pairs[2:]]
-        return statistics.median(times) * 1e3
-
-    def _launch(self, launch: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(4):  # while the device is at it, the host gets ahead of the events
-            self._other_data.amax()  # read, not written: lines to write back would be charged to us
-        start.record()
-        launch()
-        end.record()
-        return start, end
-
-
-def _measure_reads(timer: _Timer) -> tuple[float, float]:
+def _measure_reads(timer: Timer) -> tuple[float, float]:
     """TB/s of the best of some grids over 1 GiB; microseconds of an empty launch."""
     kernel = load_kernel("read_all.cu", "read_all_kernel", {"SCALAR_BF16": 0})
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -165,7 +125,7 @@ def _measure_reads(timer: _Timer) -> tuple[float, float]:
     return _READ_BYTES / min(times) / 1e6, empty_us
 
 
-def _time_decode(timer: _Timer, shape: DecodeShape) -> KernelTime:
+def _time_decode(shape: DecodeShape, timer: Timer) -> list[KernelTime]:
     tensors = make_tensors(shape)
     decode = PagedDecode(shape.layout, shape.num_heads, shape.num_rows, shape.num_tokens, "cuda")
     plan, out = decode.make_plan(), torch.empty_like(tensors.q)
@@ -176,11 +136,11 @@ def _time_decode(timer: _Timer, shape: DecodeShape) -> KernelTime:
 
     us = timer.us(attend)
     others = dict(_time_others(timer, shape, tensors)) if shape.codecs == _NATIVE else {}
-    return KernelTime("paged_decode", shape.label, us, tensors.num_bytes, others)
+    return [KernelTime("paged_decode", shape.label, us, tensors.num_bytes, others)]
 
 
 def _time_others(
-    timer: _Timer, shape: DecodeShape, tensors: DecodeTensors
+    timer: Timer, shape: DecodeShape, tensors: DecodeTensors
 ) -> Iterator[tuple[str, float]]:
     """torch's attention over K and V gathered before; FlashInfer's paged one where installed."""
     if importlib.util.find_spec("flashinfer"):
@@ -213,7 +173,7 @@ def _flashinfer(shape: DecodeShape, tensors: DecodeTensors) -> Callable[[], Tens
     return lambda: wrapper.run(tensors.q, pages)
 
 
-def _time_products(timer: _Timer, name: str) -> Iterator[KernelTime]:
+def _time_products(name: str, timer: Timer) -> Iterator[KernelTime]:
     """One layer's product for some numbers of rows, bf16 and int8 weights, and the library's."""
     num_out, dim = PRODUCTS[name]
     w = torch.randn(num_out, dim, device="cuda", dtype=torch.bfloat16)
@@ -231,7 +191,7 @@ def _time_products(timer: _Timer, name: str) -> Iterator[KernelTime]:
         yield KernelTime("skinny_gemm int8", label, us, codes.nbytes)
 
 
-def _time_draws(timer: _Timer, num_rows: int) -> Iterator[KernelTime]:
+def _time_draws(num_rows: int, timer: Timer) -> Iterator[KernelTime]:
     """A token a row from logits: by sampling rules, and the largest; torch's halves of the work."""
     label = f"{num_rows} x {VOCAB_SIZE}"
     kernels = TopK(VOCAB_SIZE, "bfloat16", num_rows, load_kernel)
