@@ -224,6 +224,80 @@ __device__ __forceinline__ void wait_for_query(bool is_first) {
     else cp_async_wait<PIECES - 2>();
 }
 
+// Where the items' records and q are. num_items: of the whole grid.
+struct Work {
+    const int* plan;
+    const scalar_t* q;
+    const half_t* q_rotated;
+    float scale;
+    int num_heads, tiles, group, step, num_items;
+    __device__ __forceinline__ bool has(int idx) const { return idx < num_items; }
+    __device__ __forceinline__ void begin_record(Slot& slot, int idx) const {
+        copy_record(slot, plan, idx, tiles, group);
+    }
+    __device__ __forceinline__ void begin_query(RawQuery& raw, const Slot& slot) const {
+        copy_query(raw, slot, q, q_rotated, num_heads);
+    }
+};
+
+// The block's first records, waited for, and the q of its first items, which is on its way then.
+// false: there is nothing for this block.
+__device__ __forceinline__ bool begin_work(Work& work, Shared& shared, int idx) {
+    for (int i = 0; i < RECORDS_AHEAD; ++i) {
+        work.begin_record(shared.slots[i], idx + i * work.step);
+    }
+    cp_async_commit();
+    work.num_items = work.plan[0] * work.tiles;
+    cp_async_wait<0>();
+    __syncthreads();
+    if (!work.has(idx)) return false;
+    for (int i = 0; i < 2; ++i) {
+        if (work.has(idx + i * work.step)) work.begin_query(shared.raw[i], shared.slots[i]);
+    }
+    cp_async_commit();
+    return true;
+}
+
+// An item is done: its sums go where the last unit's values were, in all warps the same piece, and
+// from there out. Then q of the block's next item is taken up.
+__device__ __forceinline__ void end_item(Softmax& softmax, const Results& results, const Work& work,
+                                         Shared& shared, int piece, int idx, int turn,
+                                         bool is_first) {
+    Slot& slot = shared.slots[turn & (SLOTS - 1)];
+    int thread = opaque(threadIdx.x);
+    SumSets sets = {reinterpret_cast<u8*>(shared.rings) + piece * PIECE_BYTES, &shared.stats};
+    __syncwarp();
+    store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
+    wait_for_query(is_first);
+    __syncthreads();
+    write_item(results, sets, slot, idx, thread);
+    bool has_next = work.has(idx + work.step);
+    if (has_next) {
+        int next = turn + 1;
+        store_query(shared.query, shared.raw[next & 1], shared.slots[next & (SLOTS - 1)], work.scale,
+                    thread);
+    }
+    __syncthreads();
+    // Fences wait for all loads that are under way: not after every item.
+    int num_uncounted = turn % COUNT_EVERY + 1;
+    if (num_uncounted == COUNT_EVERY || !has_next) {
+        int first = idx - (num_uncounted - 1) * work.step;
+        settle(results, shared.complete, work.plan, first, work.step, num_uncounted, thread);
+    }
+    softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
+}
+
+// What later items than the next need is sent for, into the places of the item that is done.
+__device__ __forceinline__ void reach_on(const Work& work, Shared& shared, int idx, int turn) {
+    if (work.has(idx + 2 * work.step)) {
+        work.begin_query(shared.raw[turn & 1], shared.slots[(turn + 2) & (SLOTS - 1)]);
+    }
+    int later = idx + RECORDS_AHEAD * work.step;
+    if (work.has(later)) {
+        work.begin_record(shared.slots[(turn + RECORDS_AHEAD) & (SLOTS - 1)], later);
+    }
+}
+
 // grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
 // of up to 8 heads of a group. plan: has room for the first RECORDS_AHEAD
 // items of every block, whatever plan[0] is.
@@ -244,23 +318,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     Shared& shared = *block_memory;
     Pool pool = {payload, side, num_kv_heads, layer_idx, num_layers, block_size, side_bytes};
     Results results = {out, split_sums, split_stats, counters, num_kv_heads, group};
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.x, idx = blockIdx.x;
-    int tiles = results.tiles(), num_heads = num_kv_heads * group;
-    for (int i = 0; i < RECORDS_AHEAD; ++i) {
-        copy_record(shared.slots[i], plan, idx + i * step, tiles, group);
-    }
-    cp_async_commit();
-    int num_items = plan[0] * tiles;
-    cp_async_wait<0>();
-    __syncthreads();
-    if (idx >= num_items) return;
-    for (int i = 0; i < 2; ++i) {
-        if (idx + i * step >= num_items) continue;
-        copy_query(shared.raw[i], shared.slots[i], q, q_rotated, num_heads);
-    }
-    cp_async_commit();
+    Work work = {plan, q, q_rotated, scale, num_kv_heads * group, results.tiles(), group,
+                 int(gridDim.x), 0};
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, idx = blockIdx.x;
+    if (!begin_work(work, shared, idx)) return;
     Walk walk;
-    walk.reach = {idx, step, num_items, SLOTS - 1, 0, 0, 0, 0};
+    walk.reach = {idx, work.step, work.num_items, SLOTS - 1, 0, 0, 0, 0};
     walk.ring = reinterpret_cast<u8*>(shared.rings[warp]);
     walk.piece = walk.side_idx = 0;
     fill_ring(walk, shared, pool, warp, lane);
@@ -271,43 +334,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     Softmax softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
     bool is_first = true;
     for (int turn = 0;;) {
-        Slot& slot = shared.slots[turn & (SLOTS - 1)];
-        attend_unit(softmax, walk, shared, slot.record, pool, warp, lane);
+        const int* record = shared.slots[turn & (SLOTS - 1)].record;
+        attend_unit(softmax, walk, shared, record, pool, warp, lane);
         bool is_last = walk.units[0].is_last();
         if (is_last) {
-            // The item is done: its sums go where the unit's values were, in all warps the same piece.
-            int thread = opaque(threadIdx.x);
-            bool has_next = idx + step < num_items;
-            SumSets sets = {reinterpret_cast<u8*>(shared.rings) + walk.piece * PIECE_BYTES,
-                            &shared.stats};
-            __syncwarp();
-            store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
-            wait_for_query(is_first);
-            __syncthreads();
-            write_item(results, sets, slot, idx, thread);
-            if (has_next) {
-                store_query(shared.query, shared.raw[(turn + 1) & 1],
-                            shared.slots[(turn + 1) & (SLOTS - 1)], scale, thread);
-            }
-            __syncthreads();
-            // Fences wait for all loads that are under way: not after every item.
-            int num_uncounted = turn % COUNT_EVERY + 1;
-            if (num_uncounted == COUNT_EVERY || !has_next) {
-                settle(results, shared.complete, plan, idx - (num_uncounted - 1) * step, step,
-                       num_uncounted, thread);
-            }
-            if (!has_next) return;
-            if (idx + 2 * step < num_items) {
-                copy_query(shared.raw[turn & 1], shared.slots[(turn + 2) & (SLOTS - 1)], q,
-                           q_rotated, num_heads);
-            }
-            int later = idx + RECORDS_AHEAD * step;
-            if (later < num_items) {
-                copy_record(shared.slots[(turn + RECORDS_AHEAD) & (SLOTS - 1)], plan, later, tiles,
-                            group);
-            }
-            softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
-            ++turn, idx += step;
+            end_item(softmax, results, work, shared, walk.piece, idx, turn, is_first);
+            if (!work.has(idx + work.step)) return;
+            reach_on(work, shared, idx, turn);
+            ++turn, idx += work.step;
         }
         is_first = is_last;
         step_on(walk, shared, pool, warp, lane);
