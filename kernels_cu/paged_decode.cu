@@ -186,12 +186,10 @@ __device__ __forceinline__ void merge_part(const Results& results, const int* pl
     int head = part / (HEAD_DIM / 4), channel = part % (HEAD_DIM / 4) * 4;
     if (in_group + head >= results.group) return;
     long long step = (long long)tiles * results.tile_heads();
-    int place = record[RECORD_PLACE], num_splits = record[RECORD_NUM_SPLITS];
-    int begin = place - record[RECORD_SPLIT];
-    long long slot = (long long)idx * results.tile_heads() - place * step + head;
+    long long slot = (long long)idx * results.tile_heads() - record[RECORD_PLACE] * step + head;
     Combined<float4> all =
         add_splits(results.split_sums + slot * HEAD_DIM + channel, results.split_stats + 2 * slot,
-                   step * HEAD_DIM, 2 * step, num_splits, begin < 0 ? begin + num_splits : begin);
+                   step * HEAD_DIM, 2 * step, record[RECORD_NUM_SPLITS], record[RECORD_FIRST]);
     long long row = record[RECORD_ROW];
     int first_head = tile / group_tiles * results.group + in_group;
     scalar_t* out = results.out + (row * (results.num_kv_heads * results.group) + first_head + head) *

@@ -25,10 +25,11 @@ __device__ __forceinline__ Splits splits_of(int seq_len, int window, int target_
     return splits;
 }
 
-// How far the row's splits are turned: by the golden section a row, so that rows at any distance
-// differ.
+// How far a row's splits are turned: by the golden section of them a row, so that rows at any
+// distance differ.
 __device__ __forceinline__ int turn_of(int row, int count) {
-    return int((long long)row * ((count * 25 + 32) / 64) % count);
+    u32 turn = u32(row) * 2654435769u;  // of a whole one, in 2^-32
+    return int((unsigned long long)turn * u32(count) >> 32);
 }
 
 __device__ __forceinline__ int place_of_split(int split, int turn, int count) {
@@ -75,8 +76,8 @@ extern "C" __global__ void plan_decode_kernel(
         record[RECORD_END] = seq_lens[row];
         record[RECORD_START] = start;
         record[RECORD_SIZE] = splits.size;
-        record[RECORD_SPLIT] = split;
         record[RECORD_NUM_SPLITS] = splits.count;
         record[RECORD_PLACE] = place;
+        record[RECORD_FIRST] = place_of_split(0, turn, splits.count);
     }
 }

@@ -8,9 +8,9 @@ from attention_world import Shape, World, assert_close
 from emulator import load_emulated
 from plain_flash import plain_flash
 
-from kvchat.attention import AttentionBatch, cuda_ops
+from kvchat.attention import AttentionBatch, cuda_ops, flash
 from kvchat.attention.cuda import MAX_ROWS_OF_CHUNK, CudaBackend, RowTensors
-from kvchat.attention.flash import ChunkTensors
+from kvchat.attention.flash import ChunkTensors, find_flash
 from kvchat.attention.slots import plan_positions, plan_slots
 from kvchat.kv.layout import Codec
 
@@ -158,3 +158,10 @@ def test_a_row_does_not_depend_on_its_neighbours():
         first += num_new
 
     assert torch.equal(torch.cat(alone), together)
+
+
+def test_this_torch_has_the_flash_attention_that_is_called():
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+
+    assert {argument.name for argument in schema.arguments}.issuperset(flash._ARGUMENTS)
+    assert find_flash(torch.device("cpu"), 64) is None

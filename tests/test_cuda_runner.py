@@ -4,16 +4,18 @@ import itertools
 import math
 
 import pytest
+import torch
 from compressing_engine import random_decoder
 from emulator import load_emulated
 from plain_flash import plain_flash
 
+from kvchat.attention import AttentionBatch
 from kvchat.attention.backends import make_backend
 from kvchat.attention.cuda import CudaBackend
 from kvchat.attention.rope import build_rope
 from kvchat.config import KVSpec, ModelConfig, SamplingParams, SchedulerConfig
 from kvchat.engine.capture_sizes import chunk_sizes, row_sizes
-from kvchat.engine.cuda_runner import CudaRunner
+from kvchat.engine.cuda_runner import CudaRunner, PendingStep
 from kvchat.engine.engine import Engine
 from kvchat.engine.request import Request
 from kvchat.engine.runner import Runner
@@ -105,3 +107,33 @@ def test_sizes_end_at_what_holds_all(max_rows):
 def test_a_step_of_chunks_is_captured_up_to_2048_tokens():
     assert chunk_sizes(8192) == [16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048]
     assert chunk_sizes(505)[-1] == 512 and chunk_sizes(1) == [16]
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "can_run"),
+    [
+        ([8, 8], [100, 16], True),  # 7 blocks and one, of the 8 that a request may have
+        ([8, 8], [100, 17], False),
+        ([2] * 4, [2] * 4, True),
+        ([2] * 5, [2] * 5, False),  # chunks
+        ([32], [32], True),
+        ([33], [33], False),  # tokens
+    ],
+)
+def test_what_a_captured_step_of_chunks_has_no_room_for(query_lens, seq_lens, can_run):
+    chunks = make_engine(True, [], plain_flash)._runner._chunks
+    tables = [[1 + i for i in range(8)] for _ in seq_lens]
+
+    assert chunks._backend.max_entries == 8
+    assert chunks.can_run(AttentionBatch(query_lens, seq_lens, tables)) == can_run
+
+
+def test_a_step_is_waited_for_even_where_nothing_is_sampled():
+    waits = []
+
+    class Event:
+        def synchronize(self):
+            waits.append(self)
+
+    assert PendingStep(torch.zeros(2, dtype=torch.int64), [], Event()).tokens() == []
+    assert len(waits) == 1

@@ -31,6 +31,13 @@ class AttentionBatch:
         """New tokens over all sequences: the length of input_ids."""
         return sum(self.query_lens)
 
+    def used_tables(self, block_size: int) -> list[list[int]]:
+        """The entries that hold a sequence's seq_len tokens."""
+        return [
+            table[: -(-seq_len // block_size)]
+            for seq_len, table in zip(self.seq_lens, self.block_tables, strict=True)
+        ]
+
 
 class AttentionBackend(Protocol):
     """What the decoder calls. Tensors are in the pool's dtype unless said.

@@ -1,12 +1,12 @@
 """The cuda backend: kernels of kernels_cu/ read the pool in place; long chunks gather, for torch.
 
-New tokens that come one or a few at a time are rows of paged_decode, whatever their blocks' codecs.
-A longer chunk copies its sequence's K and V of one layer into a scratch, decoded, and uses torch's
-flash attention; so does every token of a model whose head_dim paged_decode is not written for.
+A new token is a row of paged_decode, whatever its blocks' codecs. A chunk of several copies its
+sequence's K and V of one layer into a scratch, decoded, and uses torch's flash attention; so does
+every token of a model whose head_dim paged_decode is not written for.
 
-A step is planned from a batch, by `plan`; or, by `plan_rows` and `plan_chunks`, from tensors of
-fixed place and size that somebody else fills (engine/decode_rows, engine/chunk_graphs), so that a
-CUDA graph may capture it with the layers.
+A step is planned from a batch, by `plan`, where a few tokens at a time are rows, too; or, by
+`plan_rows` and `plan_chunks`, from tensors of fixed place and size that somebody else fills
+(engine/decode_rows, engine/chunk_graphs), so that a CUDA graph may capture it with the layers.
 """
 
 from __future__ import annotations
@@ -146,10 +146,9 @@ class CudaBackend:
         row_tables: list[list[int]] = []
         chunks: list[tuple[int, int, int, list[int]]] = []
         first = 0
-        for num_new, seq_len, table in zip(
-            batch.query_lens, batch.seq_lens, batch.block_tables, strict=True
+        for num_new, seq_len, used in zip(
+            batch.query_lens, batch.seq_lens, batch.used_tables(block_size), strict=True
         ):
-            used = table[: -(-seq_len // block_size)]
             if self._is_rows(num_new, len(row_idxs)):
                 row_idxs += range(first, first + num_new)
                 row_tables += [used] * num_new
@@ -186,9 +185,9 @@ class CudaBackend:
     def count_gathered(self, batch: AttentionBatch) -> None:
         """Add to bytes_gathered what a run of plan_chunks' step copies in all the layers."""
         spec = self._cache.spec
-        for seq_len, table in zip(batch.seq_lens, batch.block_tables, strict=True):
-            entries = np.array(table[: -(-seq_len // spec.block_size)])
-            self._count_gathered(entries, 0, seq_len, spec.num_layers)
+        tables = batch.used_tables(spec.block_size)
+        for seq_len, table in zip(batch.seq_lens, tables, strict=True):
+            self._count_gathered(np.array(table), 0, seq_len, spec.num_layers)
 
     def write_kv(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionBackend.write_kv."""

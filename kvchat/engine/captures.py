@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 import torch
 
-_NUM_WARM_UPS = 2  # runs before a capture: libraries set themselves up in the first
-
 
 class Captures:
     """use_graphs False, or a CPU: what would be captured is run as it is."""
@@ -27,8 +25,7 @@ class Captures:
         stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_NUM_WARM_UPS):
-                part()
+            part()  # libraries set themselves up in the first run
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -41,7 +38,7 @@ class Captures:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """No collection of garbage: an old engine's graphs and streams are ended before a capture,
-        which forbids that in it."""
+        which forbids that in it. Memory of the runs before captures is given back at the end."""
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
@@ -50,6 +47,8 @@ class Captures:
         finally:
             if was_enabled:
                 gc.enable()
+            if self._is_on:
+                torch.cuda.empty_cache()
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -19,9 +19,13 @@ from kvchat.engine.capture_sizes import chunk_sizes
 from kvchat.engine.captures import Captures
 from kvchat.engine.device_sampler import NUM_DRAW_FIELDS, DeviceSampler
 from kvchat.engine.step_buffer import StepBuffer
+from kvchat.model.cuda_ops import MAX_SKINNY_ROWS
 from kvchat.model.decoder import Decoder
 
-MAX_CHUNKS = 8  # of a step; our own product for few rows makes the logits of so many
+MAX_CHUNKS = MAX_SKINNY_ROWS  # of a step: our own product makes their logits
+# Keys are not split among a GPU's processors: few queries on very long sequences use few of these,
+# and launch by launch, with another kernel of torch's, it is done sooner.
+_FEW_TOKENS, _LONG_SEQUENCE = 512, 32_768
 
 
 class ChunkGraphs:
@@ -73,17 +77,22 @@ class ChunkGraphs:
 
     def capture(self, num_tokens: int) -> None:
         """One of the sizes; the largest is to come first."""
-        if not self._steps:
+        is_first = not self._steps
+        self._steps[num_tokens] = self._captures.capture(partial(self._step, num_tokens))
+        if is_first:
             self._greedy = self._captures.capture(self._take_greedy)
             self._draw = self._captures.capture(self._take_drawn)
-        self._steps[num_tokens] = self._captures.capture(partial(self._step, num_tokens))
 
     def can_run(self, batch: AttentionBatch) -> bool:
-        """Whether there are not too many chunks, new tokens or blocks of their sequences."""
+        """Whether there are not too many chunks, new tokens or blocks of their sequences, and it
+        is worth it."""
+        num_entries = sum(map(len, batch.used_tables(self._block_size)))
+        is_slow = batch.num_tokens < _FEW_TOKENS and max(batch.seq_lens) > _LONG_SEQUENCE
         return (
             len(batch.seq_lens) <= self._num_chunks
             and batch.num_tokens <= self.sizes[-1]
-            and sum(self._num_entries(batch)) <= self._backend.max_entries
+            and num_entries <= self._backend.max_entries
+            and not is_slow
         )
 
     def run(self, batch: AttentionBatch, input_ids: list[int], draws: np.ndarray | None) -> None:
@@ -96,10 +105,6 @@ class ChunkGraphs:
             (self._draw if draws.any() else self._greedy)()
         self._backend.count_gathered(batch)
 
-    def _num_entries(self, batch: AttentionBatch) -> list[int]:
-        """By chunk: blocks that its sequence is in."""
-        return [-(-seq_len // self._block_size) for seq_len in batch.seq_lens]
-
     def _fill(
         self, batch: AttentionBatch, input_ids: list[int], draws: np.ndarray | None, size: int
     ) -> None:
@@ -111,9 +116,9 @@ class ChunkGraphs:
         ):
             arrays[name][: len(numbers)] = numbers
             arrays[name][len(numbers) : size] = 0
-        num_entries = self._num_entries(batch)
+        tables = batch.used_tables(self._block_size)
         ends = [*accumulate(batch.query_lens)]
-        key_ends = [self._block_size * end for end in accumulate(num_entries)]
+        key_ends = [self._block_size * end for end in accumulate(map(len, tables))]
         arrays["starts"][1:] = ends[-1]  # of those that are not there: empty ones behind the last
         arrays["starts"][1 : 1 + num_chunks] = ends
         arrays["key_starts"][1:] = key_ends[-1]
@@ -122,9 +127,9 @@ class ChunkGraphs:
         arrays["seq_lens"][:num_chunks] = batch.seq_lens
         arrays["last"][:] = 0
         arrays["last"][:num_chunks] = np.array(ends) - 1
-        arrays["num_entries"][0] = sum(num_entries)
-        tables = zip(batch.block_tables, num_entries, strict=True)
-        arrays["table"][: sum(num_entries)] = [id_ for table, n in tables for id_ in table[:n]]
+        entries = [*chain(*tables)]
+        arrays["num_entries"][0] = len(entries)
+        arrays["table"][: len(entries)] = entries
         arrays["draws"][:] = 0
         if draws is not None:
             arrays["draws"][:num_chunks] = draws

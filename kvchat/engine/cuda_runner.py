@@ -48,7 +48,7 @@ class PendingStep(Step):
     def tokens(self) -> list[int]:
         """Wait for it: one id per sampled row, in row order, -1 where logits were not finite.
 
-        Also for a step without such rows: what it reads is written again two steps later.
+        Also for a step without such rows: what it reads is written again three steps later.
         """
         self.wait()
         here = self._here.tolist()

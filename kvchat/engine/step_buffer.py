@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What is being written, and two that may still be on their way: a step's buffer is free when the
-# step after the next is launched, as the engine has read it by then.
+# What is being written, one that may still be on its way, and one to spare: the engine has read a
+# step when the one after the next is launched.
 _NUM_BUFFERS = 3
 
 

@@ -35,11 +35,11 @@ class Workspace:
 
     activations: int  # of the widest moment of a layer
     logits: int  # and the copies that drawing makes of them
-    gathered: int  # K and V of one layer of the longest sequence, for a long chunk
+    gathered: int  # K and V of one layer of the longest sequence
     decode: int  # partial results and work lists of paged_decode
     tables: int  # block tables and what a step sends; RoPE angles
     products: int  # cuBLAS's workspace; int8 weights made wide
-    graphs: int  # the same activations and logits in the captured graphs' own memory
+    graphs: int  # activations and logits again, in the memory of captured graphs
     driver: int  # an allowance, not torch's
 
     @property
@@ -60,7 +60,7 @@ def cuda_workspace(
     return Workspace(
         activations=caps.num_tokens * token_bytes(config, size),
         logits=caps.num_rows * logits,
-        gathered=_gathered_bytes(config, caps, size),
+        gathered=_gathered_bytes(config, layout, caps, size),
         decode=_decode_bytes(config, layout, caps),
         tables=caps.num_rows * entries * _INT + caps.max_len * config.head_dim * _FLOAT,
         products=CUBLAS_BYTES
@@ -80,8 +80,9 @@ def token_bytes(config: ModelConfig, size: int) -> int:
     return size * max(mlp, attention)
 
 
-def _gathered_bytes(config: ModelConfig, caps: StepCaps, size: int) -> int:
-    values = 2 * config.num_kv_heads * config.head_dim * caps.max_len
+def _gathered_bytes(config: ModelConfig, layout: BlockLayout, caps: StepCaps, size: int) -> int:
+    num_slots = -(-caps.max_len // layout.spec.block_size) * layout.spec.block_size
+    values = 2 * config.num_kv_heads * config.head_dim * num_slots
     if config.layer_windows:  # torch is given K and V of every query head, of the window alone
         seen = min(caps.max_len, max(config.layer_windows) + caps.num_tokens)
         values += 2 * config.num_heads * config.head_dim * seen
