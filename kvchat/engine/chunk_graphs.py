@@ -24,8 +24,8 @@ from kvchat.model.decoder import Decoder
 
 MAX_CHUNKS = MAX_SKINNY_ROWS  # of a step: our own product makes their logits
 # Keys are not split among a GPU's processors: few queries on very long sequences use few of these,
-# and launch by launch, with another kernel of torch's, it is done sooner.
-_FEW_TOKENS, _LONG_SEQUENCE = 512, 32_768
+# and launch by launch, with another kernel of torch's, it is done sooner (docs/benchmarks).
+_FEW_TOKENS, _LONG_SEQUENCE = 512, 20_000
 
 
 class ChunkGraphs:
