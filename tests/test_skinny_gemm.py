@@ -9,6 +9,7 @@ from kvchat.attention.kernels import load_kernel
 from kvchat.attention.skinny_gemm import SkinnyGemm, gemm_defines, is_supported
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+KINDS = [(False, False), (False, True), (True, False), (True, True)]
 
 
 def make(num_rows: int, num_out: int, dim: int, dtype: str, is_int8=False, is_gated=False):
@@ -58,9 +59,7 @@ def assert_close(y, right):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("is_int8", "is_gated"), [(False, False), (False, True), (True, False), (True, True)]
-)
+@pytest.mark.parametrize(("is_int8", "is_gated"), KINDS)
 def test_products(dtype, is_int8, is_gated):
     for num_rows, num_out, dim in ((1, 16, 128), (3, 40, 384), (8, 24, 640)):
         inputs = make(num_rows, num_out, dim, dtype, is_int8, is_gated)
@@ -103,23 +102,29 @@ def test_inner_dimensions():
     assert not is_supported(72)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("is_int8", "is_gated"), [(False, False), (False, True), (True, False), (True, True)]
+SMALL, LARGE = (
+    ((1, 64, 128), (3, 40, 384), (16, 72, 1024)),
+    ((1, 4096, 4096), (8, 6152, 4096), (16, 4096, 14336)),
 )
-def test_products_on_a_gpu(dtype, is_int8, is_gated):
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "8b"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("is_int8", "is_gated"), KINDS)
+def test_products_on_a_gpu(sizes, dtype, is_int8, is_gated):
+    """The small ones are for a sanitizer, so what is right is computed on the CPU."""
+    device = "cpu" if sizes == SMALL else "cuda"
     skinny_gemm = SkinnyGemm(dtype, load_kernel)
-    for num_rows, num_out, dim in ((1, 4096, 4096), (8, 6152, 4096), (16, 4096, 14336)):
-        inputs = [
-            None if part is None else part.cuda()
-            for part in make(num_rows, num_out, dim, dtype, is_int8, is_gated)
-        ]
+    for num_rows, num_out, dim in sizes:
+        parts = make(num_rows, num_out, dim, dtype, is_int8, is_gated)
+        inputs = [part if part is None else part.cuda() for part in parts]
         x, w, scales, bias, residual = inputs
         y = torch.full((num_rows, num_out), torch.nan, dtype=x.dtype, device="cuda")
         skinny_gemm(y, x, w, scales, bias, residual, is_gated)
         alone = torch.full_like(y[:1], torch.nan)
         skinny_gemm(alone, x[:1], w, scales, bias, residual[:1], is_gated)
 
-        assert_close(y, expected(*inputs, is_gated=is_gated))
+        there = [part if part is None else part.to(device) for part in parts]
+        assert_close(y.to(device), expected(*there, is_gated=is_gated))
         assert torch.equal(alone, y[:1])
