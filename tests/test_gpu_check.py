@@ -90,12 +90,31 @@ def test_decode_speeds_are_held_against_their_gates():
     }
 
 
-def test_the_cases_that_are_asked_for_exist():
-    for name in ("decode-8b", "decode-1.1b"):
-        command = part_named(name).command
-        cases = [command[i + 1] for i, word in enumerate(command) if word == "--case"]
-        assert len(cases) >= 5 and all(map(parse_case, cases))
-        find_shape(command[command.index("--shape") + 1])
+def test_speeds_with_int8_weights_have_nothing_to_meet():
+    log = json.dumps(DecodeSpeed(DecodeCase(1, 512), 64, 2500.0, 350.0, 200.0).record())
+
+    assert rows(part_named("decode-8b int8 weights").read(log)) == {
+        "decode-8b int8 weights 1x512:native": ("400.0 tok/s", "", None)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "num_cases"), [("decode-8b", 8), ("decode-1.1b", 5), ("decode-8b int8 weights", 2)]
+)
+def test_the_cases_that_are_asked_for_exist(name, num_cases):
+    command = part_named(name).command
+    cases = [command[i + 1] for i, word in enumerate(command) if word == "--case"]
+    assert len(cases) == num_cases and all(map(parse_case, cases))
+    find_shape(command[command.index("--shape") + 1])
+
+
+@pytest.mark.parametrize(
+    ("said", "is_met"), [("I am Sprout.\n", True), ("Error\n", False), ("", False)]
+)
+def test_a_chat_is_held_to_say_its_name(said, is_met):
+    (figure,) = part_named("chat").read(said)
+
+    assert figure.is_met == is_met
 
 
 @pytest.mark.parametrize(

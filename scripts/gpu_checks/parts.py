@@ -61,6 +61,7 @@ _SMALL_TESTS = (
     "tests/test_skinny_gemm.py",
 )
 _SMALL = "not 8b"
+_CHAT = [*_PYTHON, "kvchat", "run", "--device", "cuda", "--temp", "0", "-p", "What is your name?"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def all_parts() -> list[Part]:
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
         Part("kernels", [*_PYTHON, "kvchat", "bench", "kernels"], 60, _read_kernels, "kernels"),
-        _decode("llama3-8b", 130),
-        _decode("tinyllama-1.1b", 70),
+        Part("chat", _CHAT, 40, _read_chat, "chat", True),
+        _decode("llama3-8b", 110),
+        _decode("tinyllama-1.1b", 50),
+        _decode_int8("llama3-8b", ("1x512:native", "8x512:native"), 50),
         Part("ready", [*_PYTHON, "gpu_checks.ready", "llama3-8b"], 75, _read_ready, "ready"),
     ]
 
@@ -154,6 +157,14 @@ def _decode(shape: str, limit_s: int) -> Part:
     return Part(name, command, limit_s, lambda log: _read_decode(name, gates, log), "decode")
 
 
+def _decode_int8(shape: str, cases: tuple[str, ...], limit_s: int) -> Part:
+    """With int8 weights: nothing to meet."""
+    command = [*_PYTHON, "kvchat", "bench", "decode", "--shape", shape, "-o", "jsonl"]
+    command += ["--weights", "int8", *(word for case in cases for word in ("--case", case))]
+    name = f"decode-{shape.rpartition('-')[2]} int8 weights"
+    return Part(name, command, limit_s, lambda log: _read_decode(name, {}, log), "decode")
+
+
 def _read_build(log: str) -> list[Figure]:
     """Of lines as gpu_checks.build writes them."""
     found = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
@@ -206,11 +217,19 @@ def _read_decode(name: str, gates: dict[str, int], log: str) -> list[Figure]:
         part = f"{name} {case}"
         if case in gates:
             figures.append(_at_least(part, record["tokens_a_second"], gates[case], "tok/s"))
+        elif not gates:
+            figures.append(Figure(part, f"{_told(record['tokens_a_second'])} tok/s"))
         if case == _FIRST_TOKEN:
             figures.append(_at_most(part, 1e3 * record["seconds"], _FIRST_TOKEN_GATE_MS, "ms"))
         if case == "8x512:native":
             figures.append(_at_most(f"{part} host", record["host_us"], _HOST_GATE_US, "us a step"))
     return figures
+
+
+def _read_chat(log: str) -> list[Figure]:
+    """Of the shipped model's answer to who it is."""
+    answer = (log.strip().splitlines() or ["nothing"])[-1]
+    return [Figure("chat", answer[:60], "says its name", "Sprout" in log)]
 
 
 def _read_ready(log: str) -> list[Figure]:
