@@ -73,13 +73,13 @@ class _Sampled:
         self.places: dict[int, int] = {}  # by request id
         self.logits: dict[int, Tensor] = {}
 
-    def add(self, row: Row, place: int, logits: Tensor) -> None:
-        """logits: [vocab_size], of the row's last token."""
+    def add(self, row: Row, place: int, logits: Tensor, idx: int) -> None:
+        """logits: [any, vocab_size], at idx of the row's last token."""
         if not row.is_sampled:
             return
         self.places[row.request.request_id] = place
         if not can_draw(row.request.sampling):
-            self.logits[row.request.request_id] = logits
+            self.logits[row.request.request_id] = logits[idx]
 
 
 class CudaRunner(Runner):
@@ -175,7 +175,7 @@ class CudaRunner(Runner):
         self._rows.send()
         self._graphs.run(bucket, is_greedy=not fields.any())
         for row, place in zip(rows, places, strict=True):
-            sampled.add(row, place, self._graphs.logits[place])
+            sampled.add(row, place, self._graphs.logits, place)
 
     def _launch_chunks(self, chunks: list[Row], sampled: _Sampled) -> None:
         """Several new tokens each; without a decode kernel, everybody's."""
@@ -187,7 +187,7 @@ class CudaRunner(Runner):
         is_drawn = any(row.is_sampled for row in chunks)
         self._chunks.run(batch, input_ids, _draw_fields(chunks) if is_drawn else None)
         for idx, row in enumerate(chunks):
-            sampled.add(row, self._rows.max_rows + idx, self._chunks.logits[idx])
+            sampled.add(row, self._rows.max_rows + idx, self._chunks.logits, idx)
 
     def _launch_eagerly(
         self, chunks: list[Row], batch: AttentionBatch, input_ids: list[int], sampled: _Sampled
@@ -209,7 +209,7 @@ class CudaRunner(Runner):
             else self._device_sampler.greedy(logits)
         )
         for idx, row in enumerate(rows):
-            sampled.add(row, first + idx, logits[idx])
+            sampled.add(row, first + idx, logits, idx)
 
     def _draw_here(self, rows: list[Row], sampled: _Sampled) -> None:
         """Draw on the host, after waiting for the step, and tell the device."""

@@ -97,11 +97,12 @@ class DecodeRows:
             starts.append(start)
             slots.append(row.table[start // block_size] * block_size + start % block_size)
             given.append(row.request.token_ids[start] if source == KNOWN else 0)
-        arrays["positions"][places] = starts
-        arrays["seq_lens"][places] = np.array(starts) + 1
-        arrays["slots"][places] = slots
-        arrays["given"][places] = given
-        arrays["sources"][places] = sources
+        at = np.array(places)
+        arrays["positions"][at] = starts
+        arrays["seq_lens"][at] = np.array(starts) + 1
+        arrays["slots"][at] = slots
+        arrays["given"][at] = given
+        arrays["sources"][at] = sources
         self._update_tables(rows, places, arrays)
         return arrays
 
@@ -137,6 +138,8 @@ class DecodeRows:
         for row, place in zip(rows, places, strict=True):
             held, table = self._held[place], row.table
             first = self._first_new(held, row.request.seq, table)
+            if first == len(table):
+                continue
             new = table[first:]
             if first and len(at) + len(new) <= self._num_updates:
                 at += range(place * width + first, place * width + first + len(new))
