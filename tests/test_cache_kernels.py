@@ -12,7 +12,6 @@ from test_cache import decoded
 from kvchat.attention.cuda_ops import BlockOps
 from kvchat.config import KVSpec
 from kvchat.kv import cache as cache_module
-from kvchat.kv import codecs
 from kvchat.kv.block_ops import CompressSpan, CopyBlock, ParkBlock, RestoreBlock
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
@@ -49,8 +48,7 @@ def filled_cache(device: str = "cpu", spec: KVSpec = SPEC, num_host_slots: int =
 
 
 def with_kernels(cache: KVCache, load) -> KVCache:
-    signs = codecs.rotation_signs(cache.spec.head_dim).to(cache.blocks.device)
-    cache.use_kernels(BlockOps(cache.layout, cache.payload, cache.side, signs, load))
+    cache.use_kernels(BlockOps(cache, load))
     return cache
 
 

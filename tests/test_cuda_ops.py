@@ -47,9 +47,7 @@ class Pool:
         self.cache.side[1:] = 0xFF  # NaN scales in what is not written
         self.twin.blocks.copy_(blocks)
         self.twin.side.copy_(self.cache.side)
-        signs = codecs.rotation_signs(head_dim) if lowest else None
-        cache = self.cache
-        self.ops = BlockOps(cache.layout, cache.payload, cache.side, signs, load)
+        self.ops = BlockOps(self.cache, load)
 
     def compress(self, src, dst, srcs, block_id):
         """With the kernel in the cache, by definition in the twin."""

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hollow_model import write_zeros
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu_checks import __main__ as check  # noqa: E402
-from gpu_checks import build, parts, ready  # noqa: E402
+from gpu_checks import build, parts  # noqa: E402
 from gpu_checks.parts import Figure, Part  # noqa: E402
 
 from kvchat.bench.decode import DecodeCase, DecodeSpeed, PromptSpeed, parse_case  # noqa: E402
@@ -217,7 +218,7 @@ def test_every_kernel_file_is_built():
 
 
 def test_a_checkpoint_of_zeros_is_one(tmp_path):
-    ready.write_zeros(tmp_path, find_shape("smollm2-1.7b"))
+    write_zeros(tmp_path, find_shape("smollm2-1.7b"))
 
     source = resolve(str(tmp_path))
 
@@ -226,9 +227,10 @@ def test_a_checkpoint_of_zeros_is_one(tmp_path):
 
 
 def test_a_process_comes_to_its_first_token(tmp_path):
-    ready.write_zeros(tmp_path, find_shape("stories15m"))
+    write_zeros(tmp_path, find_shape("stories15m"))
     code = f"from gpu_checks.ready import first_token; first_token({str(tmp_path)!r})"
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "PATH": "/usr/bin:/bin"}
+    folders = (ROOT, ROOT / "scripts", ROOT / "tests")  # as scripts/gpu_check has them
+    env = {"PYTHONPATH": ":".join(map(str, folders)), "PATH": "/usr/bin:/bin"}
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from hollow_model import write_zeros
 from tiny_model import write_tiny_model
 
 from kvchat.bench import plan
@@ -18,7 +19,6 @@ from kvchat.config import KVPolicy, SchedulerConfig
 from kvchat.errors import UsageError
 from kvchat.kv.cache import KVCache
 from kvchat.kv.layout import Codec
-from kvchat.model.families import tensor_shapes
 from kvchat.model.sizes import weight_bytes
 from kvchat.terminal.show import Show
 
@@ -131,27 +131,7 @@ def test_int8_weights_are_counted_and_suggested_on_a_gpu():
 
 def test_no_weights_are_read(tmp_path):
     """A model whose tensors are 13 GB of hole: reading it would take many seconds."""
-    config = find_shape("llama2-7b")
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_position,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    header, at = {}, 0
-    for name, shape in tensor_shapes(config).items():
-        end = at + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [at, end]}
-        at = end
-    raw = json.dumps(header).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + at)
+    write_zeros(tmp_path, find_shape("llama2-7b"), "float16")
 
     started = time.perf_counter()
     from_header = as_json(tmp_path, "--mem", "24GiB")

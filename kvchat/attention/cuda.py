@@ -31,7 +31,6 @@ from kvchat.attention.rope import RopeTable
 from kvchat.attention.slots import plan_positions, plan_slots, stored_bytes
 from kvchat.config import ModelConfig
 from kvchat.kv.cache import KVCache
-from kvchat.kv.codecs import rotation_signs
 from kvchat.kv.host_memory import send
 from kvchat.kv.layout import Codec
 
@@ -108,11 +107,8 @@ class CudaBackend:
         self.max_rows = max_rows
         self._config, self._cache, self._rope = config, cache, rope
         layout, num_heads = cache.layout, config.num_heads
-        signs = None
-        if layout.lowest != Codec.NATIVE:
-            signs = rotation_signs(layout.spec.head_dim).to(self.device)
-        self.block_ops = BlockOps(layout, cache.payload, cache.side, signs, load)
-        self._has_codes = signs is not None
+        self.block_ops = BlockOps(cache, load)
+        self._has_codes = layout.lowest != Codec.NATIVE
         spec = layout.spec
         self._flash = flash or find_flash(self.device, spec.head_dim)
         self.max_entries = -(-max_len // spec.block_size)  # that can be gathered at a time
@@ -182,12 +178,11 @@ class CudaBackend:
         assert self._flash is not None, "chunks are planned where can_plan_chunks"
         self._step = _Step(chunks.positions, chunks.slots, 0, None, [], chunks)
 
-    def count_gathered(self, batch: AttentionBatch) -> None:
-        """Add to bytes_gathered what a run of plan_chunks' step copies in all the layers."""
-        spec = self._cache.spec
-        tables = batch.used_tables(spec.block_size)
-        for seq_len, table in zip(batch.seq_lens, tables, strict=True):
-            self._count_gathered(np.array(table), 0, seq_len, spec.num_layers)
+    def count_gathered(self, seq_lens: list[int], tables: list[list[int]]) -> None:
+        """Add to bytes_gathered what a run of plan_chunks' step copies in all the layers. tables:
+        used_tables of the step's batch."""
+        for seq_len, table in zip(seq_lens, tables, strict=True):
+            self._count_gathered(np.array(table), 0, seq_len, self._cache.spec.num_layers)
 
     def write_kv(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionBackend.write_kv."""

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvchat.attention.signature import Defines
 from kvchat.errors import UsageError
-from kvchat.kv.layout import K_GROUP, BlockLayout, Codec
+from kvchat.kv.layout import K_GROUP, Codec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvchat.kv.cache import KVCache
 
 _WARP = 32
 _WARPS_PER_BLOCK = 4
@@ -85,17 +87,15 @@ class RowOps:
 
 
 class BlockOps:
-    """Writing, gathering, copying and compressing the blocks of one pool.
+    """Writing, gathering, copying and compressing the blocks of one cache."""
 
-    payload: uint8 [num_blocks, num_layers, 2, num_kv_heads, part_bytes]; side: uint8
-    [num_blocks, num_layers, num_kv_heads, side_bytes]: KVCache's tensors. signs: float32
-    [head_dim] of codecs.rotation_signs, on the pool's device, or None where nothing is compressed.
-    """
+    def __init__(self, cache: KVCache, load: Load) -> None:
+        from kvchat.kv.codecs import rotation_signs
 
-    def __init__(
-        self, layout: BlockLayout, payload: Tensor, side: Tensor, signs: Tensor | None, load: Load
-    ) -> None:
+        layout, payload, side = cache.layout, cache.payload, cache.side
         spec, lowest = layout.spec, layout.lowest
+        # Where nothing is compressed the kernels take none.
+        signs = rotation_signs(spec.head_dim).to(payload.device) if lowest else None
         defines = _scalar_defines(spec.dtype)
         defines |= {"HEAD_DIM": spec.head_dim, "BLOCK_SIZE": spec.block_size, "MAX_CODEC": lowest}
         self._layout, self._payload, self._signs = layout, payload, signs

@@ -15,7 +15,6 @@ from kvchat.bench.kernel_cases import BLOCK_SIZE, DTYPE, HEAD_DIM, DecodeShape, 
 from kvchat.bench.kernel_timer import KernelTime, Timer
 from kvchat.config import KVSpec
 from kvchat.kv.cache import KVCache
-from kvchat.kv.codecs import rotation_signs
 from kvchat.kv.layout import Codec
 
 _NUM_LAYERS, _NUM_HEADS, _NUM_KV_HEADS = 32, 32, 8
@@ -25,13 +24,6 @@ _GATHERED = 4096  # tokens of a sequence
 _NUM_COPIED = (1, 16)  # blocks
 _NUM_SPANS = 4
 _KINDS = ((Codec.NATIVE, Codec.INT8), (Codec.NATIVE, Codec.INT4), (Codec.INT8, Codec.INT4))
-
-
-def _make_ops(cache: KVCache) -> BlockOps:
-    signs = None
-    if cache.layout.lowest != Codec.NATIVE:
-        signs = rotation_signs(HEAD_DIM).cuda()
-    return BlockOps(cache.layout, cache.payload, cache.side, signs, load_kernel)
 
 
 def _time_gather(timer: Timer) -> Iterator[KernelTime]:
@@ -47,7 +39,7 @@ def _time_gather(timer: Timer) -> Iterator[KernelTime]:
             others["torch"] = timer.us(
                 lambda: cache.blocks[ids, 0].permute(1, 2, 0, 3, 4).contiguous()  # noqa: B023
             )
-        us = timer.us(partial(_make_ops(cache).gather, 0, out, table))
+        us = timer.us(partial(BlockOps(cache, load_kernel).gather, 0, out, table))
         label = f"{_GATHERED} tokens {codecs[0].label}"
         yield KernelTime("gather_blocks", label, us, tensors.num_bytes + out.nbytes, others)
 
@@ -55,7 +47,7 @@ def _time_gather(timer: Timer) -> Iterator[KernelTime]:
 def _time_write(timer: Timer) -> Iterator[KernelTime]:
     """RoPE of q and k of one layer, K and V to their slots; into a pool that may be compressed."""
     cache = _make_cache(_NUM_TOKENS[-1] // BLOCK_SIZE, 1)
-    ops, dtype = _make_ops(cache), cache.blocks.dtype
+    ops, dtype = BlockOps(cache, load_kernel), cache.blocks.dtype
     angles = torch.rand(2, _NUM_TOKENS[-1], HEAD_DIM // 2, device="cuda")
     for num_tokens in _NUM_TOKENS:
         heads = _NUM_HEADS, _NUM_KV_HEADS, _NUM_KV_HEADS
@@ -75,7 +67,7 @@ def _time_write(timer: Timer) -> Iterator[KernelTime]:
 def _time_copy(timer: Timer) -> Iterator[KernelTime]:
     """Whole blocks, all layers."""
     cache = _make_cache(2 * max(_NUM_COPIED), _NUM_LAYERS)
-    ops, blocks = _make_ops(cache), cache.payload
+    ops, blocks = BlockOps(cache, load_kernel), cache.payload
     for num_blocks in _NUM_COPIED:
         ids = 1 + torch.arange(2 * num_blocks, device="cuda").view(2, num_blocks)
         us = timer.us(partial(ops.copy, ids.T.int().contiguous()))
@@ -88,7 +80,7 @@ def _time_compress(timer: Timer) -> Iterator[KernelTime]:
     """Spans of all layers."""
     for src, dst in _KINDS:
         cache = _make_cache(5 * _NUM_SPANS, _NUM_LAYERS)
-        layout, ops = cache.layout, _make_ops(cache)
+        layout, ops = cache.layout, BlockOps(cache, load_kernel)
         num_sources = layout.span_blocks[dst] // layout.span_blocks[src]
         ids = 1 + torch.arange(_NUM_SPANS * (1 + num_sources), dtype=torch.int32, device="cuda")
         jobs = ids.view(_NUM_SPANS, -1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvchat.bench import sessions_report as report
-from kvchat.bench.arms import Compute, load_model, supported_modes
+from kvchat.bench.arms import Compute, supported_modes
 from kvchat.bench.detail import detail_lines, processor_name, read_bandwidth
 from kvchat.bench.probing import ProbeOptions, report_lines, run_probe
 from kvchat.bench.sessions import BenchOptions, BenchResult, run_bench
@@ -136,14 +136,7 @@ def _speeds(options: BenchOptions, flags: dict[str, Any], progress: Progress, wa
     )
     if not tests:
         raise UsageError("-p and -n are 0: there is nothing to measure")
-    model = load_model(
-        options.model,
-        options.shape,
-        options.dtype,
-        options.block_size,
-        progress,
-        options.compute,
-    )
+    model = options.load(progress)
     rows = run_speeds(
         model, supported_modes(model, list(options.modes)), tests, options.reps, progress, watch
     )

@@ -62,6 +62,12 @@ class BenchOptions:
     ignore_eos: bool = True
     compute: Compute = field(default_factory=Compute)
 
+    def load(self, progress: Progress) -> Model:
+        """The model or shape. Raises KvchatError."""
+        return load_model(
+            self.model, self.shape, self.dtype, self.block_size, progress, self.compute
+        )
+
 
 @dataclass
 class ModeResult:
@@ -119,14 +125,7 @@ def run_bench(options: BenchOptions, progress: Progress, watch: Watch = unwatche
     """Measure; `watch` sees every engine that is timed. Raises KvchatError for what can be
     mended."""
     started = time.perf_counter()
-    model = load_model(
-        options.model,
-        options.shape,
-        options.dtype,
-        options.block_size,
-        progress,
-        options.compute,
-    )
+    model = options.load(progress)
     modes = supported_modes(model, list(options.modes))
     scripts = make_scripts(options.workload, model.vocab, model.config.max_position)
     if any(not script.turns for script in scripts):

@@ -98,15 +98,21 @@ class ChunkGraphs:
     def run(self, batch: AttentionBatch, input_ids: list[int], draws: np.ndarray | None) -> None:
         """Queue a step. draws: of each chunk, draw_fields; None: no tokens are wanted."""
         size = min(size for size in self.sizes if size >= batch.num_tokens)
-        self._fill(batch, input_ids, draws, size)
+        tables = batch.used_tables(self._block_size)
+        self._fill(batch, tables, input_ids, draws, size)
         self._buffer.send()
         self._steps[size]()
         if draws is not None:
             (self._draw if draws.any() else self._greedy)()
-        self._backend.count_gathered(batch)
+        self._backend.count_gathered(batch.seq_lens, tables)
 
     def _fill(
-        self, batch: AttentionBatch, input_ids: list[int], draws: np.ndarray | None, size: int
+        self,
+        batch: AttentionBatch,
+        tables: list[list[int]],
+        input_ids: list[int],
+        draws: np.ndarray | None,
+        size: int,
     ) -> None:
         arrays, num_chunks = self._buffer.begin(), len(batch.seq_lens)
         for name, numbers in (
@@ -116,7 +122,6 @@ class ChunkGraphs:
         ):
             arrays[name][: len(numbers)] = numbers
             arrays[name][len(numbers) : size] = 0
-        tables = batch.used_tables(self._block_size)
         ends = [*accumulate(batch.query_lens)]
         key_ends = [self._block_size * end for end in accumulate(map(len, tables))]
         arrays["starts"][1:] = ends[-1]  # of those that are not there: empty ones behind the last

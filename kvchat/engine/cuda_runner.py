@@ -195,12 +195,12 @@ class CudaRunner(Runner):
         """What was not captured: launch by launch."""
         self._backend.plan(batch)
         hidden = self._decoder.hidden(self._send(input_ids), self._backend)
-        last_tokens = [end - 1 for end in accumulate(batch.query_lens)]
-        rows = [row for row in chunks if row.is_sampled]
-        if not rows:
+        ends = zip(chunks, accumulate(batch.query_lens), strict=True)
+        last_tokens = [end - 1 for row, end in ends if row.is_sampled]
+        if not last_tokens:
             return
-        drawn = [last for row, last in zip(chunks, last_tokens, strict=True) if row.is_sampled]
-        logits = self._decoder.logits(hidden[self._send(drawn)])
+        rows = [row for row in chunks if row.is_sampled]
+        logits = self._decoder.logits(hidden[self._send(last_tokens)])
         fields = _draw_fields(rows)
         first, end = self._rows.max_rows, self._rows.max_rows + len(rows)
         self._tokens[first:end] = (
