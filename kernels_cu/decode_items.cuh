@@ -2,24 +2,40 @@
 //
 // An item is a record of the work list and up to 8 heads of one kv head's group. Item i of a block is
 // in slot i % SLOTS while it is worked on or about to be; records, q and units of its successors are
-// on their way before it is done.
+// on their way before it is done. A warp's units stand in a queue of its own in shared memory, whole
+// items at a time, so that where they are is worked out by 32 lanes at once.
 #pragma once
 
-constexpr int SLOTS = 8;
-constexpr int NUM_MASKS = MAX_SPLIT / (32 * GRANULE);
-constexpr int AHEAD = (PIECES + 1) / 2;      // units that a warp's ring reaches into
-constexpr int RECORDS_AHEAD = AHEAD + 2;  // items whose records are there or on their way
-static_assert(PIECES == 3 || PIECES == 5, "wait_for_query counts on it");
+__device__ constexpr int power_of_two(int least) {
+    int power = 1;
+    while (power < least) power *= 2;
+    return power;
+}
 
+constexpr int SLOTS = 8;
+constexpr int AHEAD = PIECES / 2 + 1;     // units that a warp's ring reaches into, the next with it
+constexpr int RECORDS_AHEAD = AHEAD + 2;  // items whose records are there or on their way
+constexpr int RECORD_CHUNKS = RECORD_INTS / 4;
+constexpr int MOST_UNITS = (MAX_SPLIT / GRANULE + WARPS - 1) / WARPS + AHEAD;  // in a warp's queue
+constexpr int QUEUE = WARPS > 4 ? power_of_two(MOST_UNITS) : MOST_UNITS;  // soon counted, or small
+static_assert(PIECES >= 2 && PIECES <= 5, "SLOTS and wait_for_query count on it");
+
+// Item `turn` of this block, of all the grid's.
+__device__ __forceinline__ int item_of(int turn) { return blockIdx.x + turn * gridDim.x; }
+
+// Of one layer.
 struct Pool {
-    const u8 *payload, *side;
-    int num_kv_heads, layer_idx, num_layers, block_size, side_bytes;
-    __device__ __forceinline__ int part_bytes() const { return block_size * HEAD_DIM * 2; }
+    const u8 *payload, *side;            // of block 0
+    u32 block_bytes, block_side_bytes;  // from block to block
+    int part_bytes, values_step;        // a kv head's keys; from them to its values
+    int side_bytes, block_size;
 };
 
 struct __align__(16) Slot {
     int record[RECORD_INTS];
-    int kv_head, first_head, num_heads;  // heads of q: first_head .. + num_heads - 1
+    const u8 *keys, *side;      // of the kv head in block 0
+    int first_head, num_heads;  // of q
+    int tile;                   // of the row's
     int codecs;  // met in it, bit by bit; when its first unit is on its way
 };
 
@@ -33,27 +49,33 @@ struct RawQuery {
 
 // ---- copies to shared memory --------------------------------------------------------------------
 
-__device__ __forceinline__ void choose_heads(Slot& slot, int tile, int group) {
-    int group_tiles = (group + 7) / 8;
-    slot.kv_head = tile / group_tiles;
-    int in_group = tile % group_tiles * 8;
-    slot.first_head = slot.kv_head * group + in_group;
+__device__ __forceinline__ void choose_heads(Slot& slot, int tile, int group, const Pool& pool) {
+    int kv_head = tile, in_group = 0;
+    if (group > 8) {
+        int group_tiles = (group + 7) / 8;
+        kv_head = tile / group_tiles;
+        in_group = (tile - kv_head * group_tiles) * 8;
+    }
+    slot.keys = pool.payload + (long long)kv_head * pool.part_bytes;
+    slot.side = pool.side + (long long)kv_head * pool.side_bytes;
+    slot.first_head = kv_head * group + in_group;
     slot.num_heads = min(8, group - in_group);
+    slot.tile = tile;
 }
 
-// Of item idx.
-__device__ __forceinline__ void copy_record(Slot& slot, const int* plan, int idx, int tiles,
-                                            int group) {
-    const int* record = plan + RECORD_HEADER + (long long)(idx / tiles) * RECORD_INTS;
-    if (threadIdx.x == 0) choose_heads(slot, idx % tiles, group);
-    for (int i = threadIdx.x; i < RECORD_INTS / 4; i += THREADS) {
-        cp_async16(slot.record + 4 * i, record + 4 * i);
-    }
+// Sixteen bytes of the record of item idx; with the first, what follows from idx alone.
+__device__ __forceinline__ void copy_record_chunk(Slot& slot, const int* plan, int idx, int chunk,
+                                                  int tiles, int group, const Pool& pool) {
+    int record = idx / tiles;
+    const int* from = plan + RECORD_HEADER + (long long)record * RECORD_INTS;
+    cp_async16(slot.record + 4 * chunk, from + 4 * chunk);
+    if (chunk == 0) choose_heads(slot, idx - record * tiles, group, pool);
 }
 
 __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, const scalar_t* q,
                                            const half_t* q_rotated, int num_heads) {
     long long first = ((long long)slot.record[RECORD_ROW] * num_heads + slot.first_head) * HEAD_DIM;
+#pragma unroll 1
     for (int i = threadIdx.x; i < slot.num_heads * (HEAD_DIM / 8); i += THREADS) {
         cp_async16(&raw.q[i], q + first + 8 * i);
 #if MAX_CODEC >= 1
@@ -64,77 +86,95 @@ __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, cons
 
 // ---- units --------------------------------------------------------------------------------------
 
-// Which granules of a split begin units of this warp: bit i of masks[j] is granule 32 j + i. Units
-// go round the warps in order, whatever their codec. codecs: met in the split, bit by bit. Returns
-// the most units of a warp, at least 1.
-__device__ __forceinline__ int share_units(u32 (&masks)[NUM_MASKS], int& codecs, const int* record,
-                                           int block_size, int warp, int lane) {
-    int start = record[RECORD_START], shift = block_size == GRANULE ? 0 : 1;
-    int stop = min(start + record[RECORD_SIZE], record[RECORD_END]);
-    int before = 0;
-    codecs = 0;
-    for (int i = 0; i < NUM_MASKS && start + 32 * GRANULE * i < stop; ++i) {
-        int position = start + GRANULE * (lane + 32 * i);
-        int codec = 0;
-        if (MAX_CODEC && position < stop) {
-            codec = int(u32(record[RECORD_HEADER + ((lane + 32 * i) >> shift)]) >> 28);
-        }
-        int length = GRANULE << codec;
-        bool is_unit = position < stop && (position & (length - 1)) == 0 &&
-                       position + length > record[RECORD_OLDEST];
-        u32 units = __ballot_sync(FULL_MASK, is_unit);
-        int idx = before + __popc(units & ((1u << lane) - 1));
-        u32 mask = __ballot_sync(FULL_MASK, is_unit && idx % WARPS == warp);
-        if (lane == 0) masks[i] = mask;
-        before += __popc(units);
-        if (MAX_CODEC >= 1) codecs |= __any_sync(FULL_MASK, is_unit && codec == INT8) << INT8;
-        if (MAX_CODEC == 2) codecs |= __any_sync(FULL_MASK, is_unit && codec == INT4) << INT4;
-    }
-    __syncwarp();
-    return max(1, (before + WARPS - 1) / WARPS);
-}
-
-// Where a unit stands: of the layer and kv head, its keys' rows, and its block's side piece.
-struct Place {
-    const u8 *keys, *side;
-    int offset;  // of the unit in its block, positions
+// What a warp keeps in shared memory besides its ring.
+struct WarpSide {
+    Unit units[QUEUE];  // unit i in place i % QUEUE
+    int turn;           // of the block: the item whose units came to the queue last
+    u32 end;            // of the queue: how many have come
+#if MAX_CODEC >= 1
+    Side sides[AHEAD];  // of unit i in place i % AHEAD
+#endif
+#if MAX_CODEC == 2
+    KeyScales scales;  // of the unit at hand
+#endif
+    __device__ __forceinline__ Unit& unit(u32 idx) { return units[idx % QUEUE]; }
 };
 
 __device__ __forceinline__ int offset_in_block(const Unit& unit, int block_size) {
     return int(unit.entry >> 24 & 15) * block_size + (unit.position & (block_size - 1));
 }
 
-__device__ __forceinline__ Place place_of(const Unit& unit, int kv_head, const Pool& pool) {
-    Place place;
-    place.offset = offset_in_block(unit, pool.block_size);
-    long long layer = (long long)(unit.entry & 0xffffff) * pool.num_layers + pool.layer_idx;
-    long long part = layer * 2 * pool.num_kv_heads + kv_head;
-    place.keys = pool.payload + part * pool.part_bytes() +
-                 place.offset * (2 * HEAD_DIM >> unit.codec());
-    place.side = pool.side + (layer * pool.num_kv_heads + kv_head) * pool.side_bytes;
-    return place;
+__device__ __forceinline__ const u8* keys_of(const Unit& unit, const Slot& slot, const Pool& pool) {
+    return slot.keys + u64(unit.entry & 0xffffff) * pool.block_bytes +
+           offset_in_block(unit, pool.block_size) * (2 * HEAD_DIM >> unit.codec());
 }
 
-// What a warp keeps in shared memory besides its ring.
-struct WarpSide {
-    u32 masks[NUM_MASKS];  // its units of the item whose copies have begun
-#if MAX_CODEC >= 1
-    Side sides[AHEAD];  // of the unit at hand and of those whose keys follow
-#endif
-#if MAX_CODEC == 2
-    u32 scales[HEAD_DIM / 2];  // of the unit at hand: halves 1 .. 255 by channel
-#endif
-};
+// Puts this warp's units of an item in the queue, behind unit `end`; returns the queue's new end.
+// Units go round the warps in order, whatever their codec; all warps have equally many turns, one at
+// least, so the last may be empty.
+__device__ __forceinline__ u32 queue_item(WarpSide& side, u32 end, Slot& slot, const Pool& pool,
+                                          int warp, int lane) {
+    const int* record = slot.record;
+    int start = record[RECORD_START], shift = pool.block_size == GRANULE ? 0 : 1;
+    int stop = min(start + record[RECORD_SIZE], record[RECORD_END]), oldest = record[RECORD_OLDEST];
+    int before = 0, codecs = 0;
+#pragma unroll 1
+    for (int granule = lane; start + GRANULE * (granule - lane) < stop; granule += 32) {
+        Unit unit = {0, start + GRANULE * granule, nullptr};
+        if (unit.position < stop) unit.entry = u32(record[RECORD_HEADER + (granule >> shift)]);
+        int length = GRANULE << unit.codec();
+        bool is_unit = unit.position < stop && (unit.position & (length - 1)) == 0 &&
+                       unit.position + length > oldest;
+        u32 units = __ballot_sync(FULL_MASK, is_unit);
+        int idx = before + __popc(units & ((1u << lane) - 1));
+        if (is_unit && idx % WARPS == warp) {
+            unit.keys = keys_of(unit, slot, pool);
+            side.unit(end + u32(idx) / WARPS) = unit;
+        }
+        before += __popc(units);
+        if (MAX_CODEC >= 1) codecs |= __any_sync(FULL_MASK, is_unit && unit.codec() == INT8) << INT8;
+        if (MAX_CODEC == 2) codecs |= __any_sync(FULL_MASK, is_unit && unit.codec() == INT4) << INT4;
+    }
+    int turns = max(1, (before + WARPS - 1) / WARPS);
+    __syncwarp();
+    if (lane == 0) {
+        Unit& last = side.unit(end + turns - 1);
+        if ((turns - 1) * WARPS + warp >= before) last = {IS_EMPTY, 0, nullptr};
+        last.entry |= IS_LAST;
+    }
+    if (threadIdx.x == 0) slot.codecs = codecs;
+    return end + turns;
+}
+
+// Has the queue reach beyond unit `end`: the next item, or an empty unit where there is none.
+__device__ __forceinline__ void extend_queue(WarpSide& side, u32 end, Slot* slots,
+                                             const int& num_items, const Pool& pool, int warp,
+                                             int lane) {
+    int turn = side.turn + 1;
+    __syncwarp();
+    if (item_of(turn) < num_items) {
+        u32 new_end = queue_item(side, end, slots[turn & (SLOTS - 1)], pool, warp, lane);
+        if (lane == 0) side.turn = turn, side.end = new_end;
+    } else if (lane == 0) {
+        side.unit(end) = {IS_EMPTY, 0, nullptr};
+        side.end = end + 1;
+    }
+    __syncwarp();
+}
+
+template <bool IS_VALUES, int I>
+__device__ __forceinline__ void copy_chunks(u8* to, const u8* from, int lane_place) {
+    if constexpr (I < PIECE_BYTES / 512) {
+        constexpr int place = place_of_chunk<IS_VALUES>(32 * I);
+        cp_async16_at<16 * (place & ~7), 512 * I>(to + 16 * (lane_place ^ (place & 7)), from);
+        copy_chunks<IS_VALUES, I + 1>(to, from, lane_place);
+    }
+}
 
 // One group of copies, of a warp that has done with what was there before.
 template <bool IS_VALUES>
 __device__ __forceinline__ void copy_piece(u8* to, const u8* from, int lane) {
-#pragma unroll
-    for (int i = 0; i < PIECE_BYTES / 512; ++i) {
-        int place = place_of_chunk<IS_VALUES>(32 * i);
-        int lane_place = place_of_chunk<IS_VALUES>(lane) ^ (place & 7);
-        cp_async16(to + 16 * (lane_place + (place & ~7)), from + 512 * i + 16 * lane);
-    }
+    copy_chunks<IS_VALUES, 0>(to, from + 16 * lane, place_of_chunk<IS_VALUES>(lane));
 }
 
 // Until all groups but a ring's last PIECES - 1 are there, for all the warp's lanes. Keys and values
@@ -144,84 +184,38 @@ __device__ __forceinline__ void wait_for_piece() {
     __syncwarp();
 }
 
-__device__ __forceinline__ void copy_values(u8* to, const Unit& unit, const Pool& pool, int lane) {
+// Starts to copy the keys and the scales of unit idx, the first that have not been.
+__device__ __forceinline__ void copy_keys(u8* to, WarpSide& side, u32 idx, Slot* slots,
+                                          const int& num_items, const Pool& pool, int warp,
+                                          int lane) {
     __syncwarp();
+    if (idx == side.end) extend_queue(side, idx, slots, num_items, pool, warp, lane);
+    const Unit unit = side.unit(idx);
     if (!unit.is_empty()) {
-        copy_piece<true>(to, unit.keys + pool.num_kv_heads * pool.part_bytes(), lane);
-    }
-    cp_async_commit();
-}
-
-// Where a warp's copies are in the block's items.
-struct Reach {
-    int idx, step, num_items;  // the item that is taken up next; from one to the next; of all
-    int slot;                  // of the item before that
-    u32 mask;                  // its units that are still to come, of 32 granules
-    int mask_idx, num_masks;   // which granules; of the item
-    int turns;                 // of it that are still to come; the last may be empty
-};
-
-// Takes up the next item.
-__device__ __forceinline__ void take_item(Reach& reach, u32 (&masks)[NUM_MASKS], Slot* slots,
-                                          int block_size, int warp, int lane) {
-    reach.idx += reach.step;
-    reach.slot = (reach.slot + 1) & (SLOTS - 1);
-    Slot& slot = slots[reach.slot];
-    int codecs;
-    reach.turns = share_units(masks, codecs, slot.record, block_size, warp, lane);
-    int size = min(slot.record[RECORD_SIZE], slot.record[RECORD_END] - slot.record[RECORD_START]);
-    reach.num_masks = (size + 32 * GRANULE - 1) / (32 * GRANULE);
-    reach.mask = reach.num_masks > 0 ? masks[0] : 0;
-    reach.mask_idx = 0;
-    if (threadIdx.x == 0) slot.codecs = codecs;
-}
-
-// The next unit, or an empty one; the keys of units are copied in this order.
-__device__ __forceinline__ Unit take_unit(Reach& reach, u32 (&masks)[NUM_MASKS], Slot* slots,
-                                          const Pool& pool, int warp, int lane) {
-    Unit unit = {IS_EMPTY, 0, nullptr};
-    if (reach.turns == 0) {
-        if (reach.idx >= reach.num_items) return unit;
-        take_item(reach, masks, slots, pool.block_size, warp, lane);
-    }
-    bool is_last = --reach.turns == 0;
-    while (!reach.mask && reach.mask_idx + 1 < reach.num_masks) {
-        reach.mask = masks[++reach.mask_idx];
-    }
-    if (reach.mask) {
-        int granule = __ffs(int(reach.mask)) - 1 + 32 * reach.mask_idx;
-        reach.mask &= reach.mask - 1;
-        const Slot& slot = slots[reach.slot];
-        int shift = pool.block_size == GRANULE ? 0 : 1;
-        unit.entry = u32(slot.record[RECORD_HEADER + (granule >> shift)]);
-        unit.position = slot.record[RECORD_START] + GRANULE * granule;
-    }
-    if (is_last) unit.entry |= IS_LAST;
-    return unit;
-}
-
-// Takes the next unit and starts to copy its keys and its scales.
-__device__ __forceinline__ Unit copy_next_keys(u8* to, WarpSide& side, int side_idx, Reach& reach,
-                                               Slot* slots, const Pool& pool, int warp, int lane) {
-    __syncwarp();
-    Unit unit = take_unit(reach, side.masks, slots, pool, warp, lane);
-    if (!unit.is_empty()) {
-        Place place = place_of(unit, slots[reach.slot].kv_head, pool);
-        unit.keys = place.keys;
-        copy_piece<false>(to, place.keys, lane);
+        copy_piece<false>(to, unit.keys, lane);
 #if MAX_CODEC >= 1
+        const u8* piece = slots[side.turn & (SLOTS - 1)].side +
+                          u64(unit.entry & 0xffffff) * pool.block_side_bytes;
+        int offset = offset_in_block(unit, pool.block_size);
         if (unit.codec() == INT8) {
-            copy_int8_side(side.sides[side_idx], place.side, place.offset, 2 * pool.block_size, lane);
+            copy_int8_side(side.sides[idx % AHEAD], piece, offset, 2 * pool.block_size, lane);
         }
 #endif
 #if MAX_CODEC == 2
         if (unit.codec() == INT4) {
-            copy_int4_side(side.sides[side_idx], place.side, place.offset, 4 * pool.block_size, lane);
+            copy_int4_side(side.sides[idx % AHEAD], piece, offset, 4 * pool.block_size, lane);
         }
 #endif
     }
     cp_async_commit();
-    return unit;
+}
+
+__device__ __forceinline__ void copy_values(u8* to, WarpSide& side, u32 idx, const Pool& pool,
+                                            int lane) {
+    __syncwarp();
+    const Unit& unit = side.unit(idx);
+    if (!unit.is_empty()) copy_piece<true>(to, unit.keys + pool.values_step, lane);
+    cp_async_commit();
 }
 
 // ---- q ------------------------------------------------------------------------------------------
@@ -270,6 +264,7 @@ __device__ __forceinline__ void store_scaled(Query& query, const uint4* raw, int
 __device__ __forceinline__ void store_query(Query& query, const RawQuery& raw, const Slot& slot,
                                             float scale, int thread) {
     int num_heads = slot.num_heads;
+#pragma unroll 1
     for (int part = thread; part < 2 * HEAD_DIM; part += THREADS) {
         int head = part / (HEAD_DIM / 4), channel = part % (HEAD_DIM / 4) * 4;
         uint2 pairs = make_uint2(0, 0);
@@ -279,6 +274,7 @@ __device__ __forceinline__ void store_query(Query& query, const RawQuery& raw, c
     if (thread < 8) query.scale[NATIVE][thread] = scale;
 #if MAX_CODEC >= 1
     int lane = thread % 32, codecs = slot.codecs;
+#pragma unroll 1
     for (int head = thread / 32; codecs && head < 8; head += WARPS) {
         bool is_real = head < num_heads;
         if (codecs >> INT8 & 1) {

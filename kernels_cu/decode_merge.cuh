@@ -74,13 +74,13 @@ __device__ __forceinline__ Combined<float2> combine(const SumSets& shared, int n
 }
 
 __device__ __forceinline__ void write_out(scalar_t* out, const Combined<float2>& all) {
-    float factor = all.weight == 0.0f ? 0.0f : 1.0f / all.weight;
+    float factor = all.weight == 0.0f ? 0.0f : reciprocal_approx(all.weight);
     *reinterpret_cast<u32*>(out) = pack2<scalar_t>(all.sum.x * factor, all.sum.y * factor);
 }
 
 // What num_splits blocks wrote, added in order; begin: the place of the first.
 __device__ __forceinline__ Combined<float4> add_splits(const float* sums, const float* stats,
-                                                       long long sums_step, long long stats_step,
+                                                       int sums_step, int stats_step,
                                                        int num_splits, int begin) {
     constexpr int BATCH = 8;  // in flight
     Combined<float4> all = {make_float4(0, 0, 0, 0), LEAST, 0.0f};

@@ -73,23 +73,23 @@ __device__ __forceinline__ float scaled(float p, float scale) { return p == 0.0f
 
 // A softmax step over a unit's log2 scores x, and its values.
 __device__ __forceinline__ void attend_native(Softmax& softmax, float (&x)[MAX_TILES][4],
-                                              const u8* values, const Unit& unit,
+                                              const u8* values, int position,
                                               const int* record, int lane) {
-    mask_scores<1>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
+    mask_scores<1>(x, position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {fmaxf(x[0][0], x[0][2]), fmaxf(x[0][1], x[0][3])};
     raise_tops(softmax, tops);
     weigh(softmax, x[0]);
-    add_native(softmax.sums, values, x[0], record[RECORD_OLDEST] - unit.position,
-               record[RECORD_END] - unit.position, lane);
+    add_native(softmax.sums, values, x[0], record[RECORD_OLDEST] - position,
+               record[RECORD_END] - position, lane);
 }
 
 #if MAX_CODEC >= 1
 __device__ __forceinline__ void attend_int8(Softmax& softmax, float (&x)[MAX_TILES][4],
                                             const u8* values,
-                                            const Side& side, const Unit& unit,
+                                            const Side& side, int position,
                                             const int* record, int lane) {
     u32 scales[2] = {side.zeros()[16 + lane / 4], side.zeros()[24 + lane / 4]};
-    mask_scores<2>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
+    mask_scores<2>(x, position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {LEAST, LEAST};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -125,9 +125,9 @@ __device__ __forceinline__ void read_v_scales(float (&scales)[2 * NUM_V_GROUPS],
 
 __device__ __forceinline__ void attend_int4(Softmax& softmax, float (&x)[MAX_TILES][4],
                                             const u8* values,
-                                            const u32* v_scales, const Unit& unit,
+                                            const u32* v_scales, int position,
                                             const int* record, int lane) {
-    mask_scores<4>(x, unit.position, record[RECORD_OLDEST], record[RECORD_END], lane);
+    mask_scores<4>(x, position, record[RECORD_OLDEST], record[RECORD_END], lane);
     float tops[2] = {LEAST, LEAST};
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {

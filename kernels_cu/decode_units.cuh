@@ -26,8 +26,9 @@ static_assert(HEAD_DIM == 64 || HEAD_DIM == 96 || HEAD_DIM == 128 || HEAD_DIM ==
 template <int CODEC> struct Form {
     static constexpr int ROW_BYTES = 2 * HEAD_DIM >> CODEC;
     static constexpr int TILES = 1 << CODEC;  // of 16 positions
-    // Keys: bytes a lane loads at once, so that four lanes t cover a run of the row.
-    static constexpr int K_LOAD = ROW_BYTES % 64 == 0 ? 16 : ROW_BYTES % 32 == 0 ? 8 : 4;
+    // Keys: bytes a lane loads at once, so that four lanes t cover a run of the row. Few of INT4: the
+    // scaled q of each byte takes registers.
+    static constexpr int K_LOAD = ROW_BYTES % 64 == 0 && CODEC != 2 ? 16 : ROW_BYTES % 32 == 0 ? 8 : 4;
     static constexpr int K_LOADS = ROW_BYTES / (4 * K_LOAD);  // of a row
     static constexpr int K_WORDS = K_LOAD / 4;
     static constexpr int V_LOAD = CODEC == NATIVE ? 2 * V_LANE : V_LANE;
@@ -41,7 +42,7 @@ constexpr int MAX_TILES = 1 << MAX_CODEC;
 
 // entry: of the table (kv/layout.py), its two highest bits used for flags.
 constexpr u32 IS_EMPTY = 1u << 30, IS_LAST = 1u << 31;
-struct Unit {
+struct __align__(16) Unit {
     u32 entry;
     int position;     // of its first row
     const u8* keys;   // in global memory
@@ -49,6 +50,7 @@ struct Unit {
         return MAX_CODEC ? int(entry >> 28 & 3) : NATIVE;
     }
     __device__ __forceinline__ bool is_empty() const { return entry & IS_EMPTY; }
+    __device__ __forceinline__ int codec_or_empty() const { return is_empty() ? -1 : codec(); }
     __device__ __forceinline__ bool is_last() const { return entry & IS_LAST; }  // of the item
 };
 
@@ -83,7 +85,8 @@ struct Side {
 // that lanes read at the same time are in different banks. Linear in the bits of chunk; only the
 // lowest three change.
 __device__ __forceinline__ constexpr int keys_place(int chunk) {
-    return chunk ^ ((chunk >> 3 ^ chunk >> 4 ^ chunk >> 5 ^ chunk >> 6) & 1) << 2;
+    return chunk ^ ((chunk >> 3 ^ chunk >> 4 ^ chunk >> 5 ^ chunk >> 6) & 1) << 2 ^
+           (chunk >> 4 & 1) << 1;
 }
 __device__ __forceinline__ constexpr int values_place(int chunk) {
     return chunk ^ ((chunk >> 4 ^ chunk >> 6 ^ chunk >> 8) & 3) << 1;
@@ -152,8 +155,8 @@ __device__ __forceinline__ void load_values(u32 (&rows)[4][Form<CODEC>::V_WORDS]
 // piece: the block's side piece of this layer and kv head; offset: of the unit in the block.
 __device__ __forceinline__ void copy_int8_side(Side& to, const u8* piece, int offset,
                                                int block_tokens, int lane) {
-    const u8* from = piece + 2 * offset + lane / 4 * 2 * block_tokens + lane % 4 * 16;
-    if (lane < 8) cp_async16(&to.chunks[lane], from);
+    int from = 2 * offset + lane / 4 * 2 * block_tokens + lane % 4 * 16;
+    if (lane < 8) cp_async16(&to.chunks[lane], piece + from);
 }
 #endif
 
@@ -161,26 +164,29 @@ __device__ __forceinline__ void copy_int8_side(Side& to, const u8* piece, int of
 // The part of 64 positions from `offset` on; block_tokens: of the block, 64 or 128.
 __device__ __forceinline__ void copy_int4_side(Side& to, const u8* piece, int offset,
                                                int block_tokens, int lane) {
-    int groups = block_tokens / 64, group = offset / 64;
-    const u8* zeros = piece + group * 2 * HEAD_DIM;
-    const u8* v_scales = piece + groups * 2 * HEAD_DIM;
-    const u8* tail = v_scales + block_tokens * NUM_V_GROUPS * 2;
-    v_scales += group * 16 * V_SCALE_CHUNKS;
+    int groups = block_tokens / 64, group = u32(offset) / 64;
+    int v_scales = groups * 2 * HEAD_DIM, tail = v_scales + block_tokens * NUM_V_GROUPS * 2;
     constexpr int FIRST = ZERO_CHUNKS + V_SCALE_CHUNKS;
     for (int i = lane; i < FIRST; i += 32) {
-        bool is_zero = i < ZERO_CHUNKS;
-        cp_async16(&to.chunks[i], is_zero ? zeros + 16 * i : v_scales + 16 * (i - ZERO_CHUNKS));
+        int from = i < ZERO_CHUNKS ? group * 2 * HEAD_DIM
+                                   : v_scales + (group * V_SCALE_CHUNKS - ZERO_CHUNKS) * 16;
+        cp_async16(&to.chunks[i], piece + (from + 16 * i));
     }
     int tail_bytes = groups * (2 + HEAD_DIM);
-    for (int i = lane; 16 * i < tail_bytes; i += 32) {
-        cp_async16(&to.chunks[FIRST + i], tail + 16 * i);
+#pragma unroll
+    for (int i = lane; i < TAIL_CHUNKS; i += 32) {
+        if (16 * i < tail_bytes) cp_async16(&to.chunks[FIRST + i], piece + (tail + 16 * i));
     }
 }
 
-// Spreads the scales of the unit's keys to halves, by four channels the first and the third, then
-// the second and the fourth, as score_int4 takes them; returns their super-scale.
-__device__ __forceinline__ float spread_scales(u32 (&spread)[HEAD_DIM / 2], const Side& side,
-                                               int offset, int block_tokens, int lane) {
+// The scales of a unit's keys as score_int4 takes them.
+struct KeyScales {
+    u32 pairs[HEAD_DIM / 2];  // halves: by four channels the first and the third, then the others
+    float super;              // what they are multiples of
+};
+
+__device__ __forceinline__ void spread_scales(KeyScales& to, const Side& side, int offset,
+                                              int block_tokens, int lane) {
     int groups = block_tokens / 64, group = offset / 64;
     const u8* tail = side.tail();
     const u16* scales = reinterpret_cast<const u16*>(tail + 2 * groups + group * HEAD_DIM);
@@ -190,11 +196,11 @@ __device__ __forceinline__ float spread_scales(u32 (&spread)[HEAD_DIM / 2], cons
         u32 factor = is_low ? 0x4c004c00u : 0x3c003c00u, bias = is_low ? 0xf400f400u : 0xe400e400u;
         u32 first = lop3<AND_OR>(four, 0x00ff00ffu, 0x64006400u);  // 1024 + u
         u32 second = lop3<AND_OR>(four >> 8, 0x00ff00ffu, 0x64006400u);
-        spread[2 * i] = fma2<half_t>(first, factor, bias);
-        spread[2 * i + 1] = fma2<half_t>(second, factor, bias);
+        to.pairs[2 * i] = fma2<half_t>(first, factor, bias);
+        to.pairs[2 * i + 1] = fma2<half_t>(second, factor, bias);
     }
+    if (lane == 0) to.super = to_float(reinterpret_cast<const half_t*>(tail)[group]);
     __syncwarp();
-    return to_float(reinterpret_cast<const half_t*>(tail)[group]);
 }
 #endif
 
@@ -274,7 +280,7 @@ __device__ __forceinline__ void score_int8(float (&x)[MAX_TILES][4], const u8* k
 // The B operands of one word of a lane's INT4 keys: q of the low and of the high codes, times their
 // scales; q . zeros, where the zeros are a tile of 16 equal rows. rests += what rounding the products
 // has left.
-__device__ __forceinline__ void scale_query(u32 (&b)[2][2], u32 (&rests)[2][2],
+__device__ __forceinline__ void scale_query(u32 (&b)[2][2], u32 (&rests)[2],
                                             float (&zero_sums)[4], const Query& query,
                                             const u32* zeros,
                                             const u32 (&scales)[HEAD_DIM / 2], int word, int lane) {
@@ -293,7 +299,7 @@ __device__ __forceinline__ void scale_query(u32 (&b)[2][2], u32 (&rests)[2][2],
         for (int i = 0; i < 2; ++i) {
             b[half][i] = mul2<half_t>(plain[i], scales[pair + i]);
             u32 rest = fma2<half_t>(plain[i], scales[pair + i], neg2(b[half][i]));
-            rests[half][i] = fma2<half_t>(rest, 0x3c003c00u, rests[half][i]);
+            rests[i] = fma2<half_t>(rest, half ? 0x3c003c00u : 0x2c002c00u, rests[i]);  // 1, 1/16
         }
     }
 }
@@ -304,18 +310,16 @@ __device__ __forceinline__ void scale_query(u32 (&b)[2][2], u32 (&rests)[2][2],
 // codes are, so what it has left is added as for a key of codes 8 (0x80, as those of the high four).
 __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* keys,
                                            const Query& query, const u32* zeros,
-                                           const u32 (&scales)[HEAD_DIM / 2], float super_scale,
-                                           int lane) {
+                                           const KeyScales& scales, int lane) {
     typedef Form<INT4> F;
     float sums[4][4] = {}, zero_sums[4] = {}, rest_sums[4] = {};
-    u32 rests[2][2] = {};
-    super_scale *= 1048576.0f;  // 2^20
+    u32 rests[2] = {};
 #pragma unroll
     for (int load = 0; load < F::K_LOADS; ++load) {
         u32 b[F::K_WORDS][2][2];
 #pragma unroll
         for (int word = 0; word < F::K_WORDS; ++word) {
-            scale_query(b[word], rests, zero_sums, query, zeros, scales, load * F::K_WORDS + word,
+            scale_query(b[word], rests, zero_sums, query, zeros, scales.pairs, load * F::K_WORDS + word,
                         lane);
         }
 #pragma unroll
@@ -334,17 +338,16 @@ __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* k
             }
         }
     }
-    u32 all[2], middle[4] = {0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u};
+    u32 middle[4] = {0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u};
+    mma_16x8x16<half_t>(rest_sums, middle, rests);
+    float super_scale = 1048576.0f * scales.super;  // 2^20
 #pragma unroll
-    for (int i = 0; i < 2; ++i) all[i] = fma2<half_t>(rests[0][i], 0x2c002c00u, rests[1][i]);  // / 16
-    mma_16x8x16<half_t>(rest_sums, middle, all);
+    for (int i = 0; i < 4; ++i) {
+        // the same for all positions
+        float scale = query.scale[INT4][lane % 4 * 2 + i % 2], factor = super_scale * scale;
+        float same = fmaf(rest_sums[i % 2], factor, zero_sums[i % 2] * scale);
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float scale = query.scale[INT4][lane % 4 * 2 + i % 2];
-            x[tile][i] = ((sums[tile][i] + rest_sums[i]) * super_scale + zero_sums[i]) * scale;
-        }
+        for (int tile = 0; tile < 4; ++tile) x[tile][i] = fmaf(sums[tile][i], factor, same);
     }
 }
 #endif

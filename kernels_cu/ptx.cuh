@@ -121,6 +121,21 @@ __device__ __forceinline__ void fence_device() {
 #endif
 }
 
+// x added to *address, in global memory; what it was. fence_device before and after, for the less.
+__device__ __forceinline__ u32 add_and_fence(u32* address, u32 x) {
+#ifdef KVCHAT_EMULATOR
+    __threadfence();
+    u32 old = atomicAdd(address, x);
+    __threadfence();
+    return old;
+#else
+    u32 old;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(old) : "l"(address), "r"(x) : "memory");
+    return old;
+#endif
+}
+
 // The sum over the warp's lanes, in all of them.
 __device__ __forceinline__ u32 warp_sum(u32 x) {
 #if defined(KVCHAT_EMULATOR) || __CUDA_ARCH__ < 800
@@ -242,6 +257,17 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// 1 / x to a unit in the last place or two; x no subnormal.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef KVCHAT_EMULATOR
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
 }
@@ -463,6 +489,17 @@ __device__ __forceinline__ void cp_async16(void* dst, const void* src, bool is_v
 #else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(dst)), "l"(src), "r"(is_valid ? 16 : 0) : "memory");
+#endif
+}
+
+// The same from and to so many bytes further on: parts of the instruction, not sums in registers.
+template <int TO, int FROM>
+__device__ __forceinline__ void cp_async16_at(void* dst, const void* src) {
+#if !defined(KVCHAT_EMULATOR) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;"
+                 :: "r"(shared_address(dst)), "l"(src), "n"(TO), "n"(FROM) : "memory");
+#else
+    cp_async16(static_cast<u8*>(dst) + TO, static_cast<const u8*>(src) + FROM);
 #endif
 }
 

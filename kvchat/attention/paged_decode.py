@@ -29,6 +29,7 @@ RECORD_HEADER = 8
 MAX_SPLIT = 2048
 RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
 _SLOTS = 8  # of decode_items.cuh
+_COUNTED_BYTES = 32 * 24  # of paged_decode.cu: what is kept of items until they are counted
 _RESERVED_SHARED = 1024  # bytes of shared memory that each block takes besides
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
 
@@ -37,11 +38,11 @@ TILE_HEADS = 8  # heads of a group that share a pass over K and V
 class DecodeTuning:
     """What is chosen by measuring; docs/benchmarks holds the figures."""
 
-    warps: int = 6
+    warps: int = 8
     blocks: int = 2  # of a multiprocessor
     target_splits: int = 8  # of a row, where they are no longer than MAX_SPLIT
     min_split: int = 256  # positions of a split, a power of two from the longest span (128) up
-    pieces: int = 3  # of a warp's ring: 3 or 5
+    pieces: int = 2  # of a warp's ring: 2 to 5
 
 
 def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTuning:
@@ -51,34 +52,37 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
     """
     target_splits = min(max(64 // layout.spec.num_kv_heads, 8), 64)
     min_split = 256 if target_splits <= 16 else 128
-    most = 6 if layout.spec.head_dim <= 128 else 4  # registers
+    most = {64: 8, 96: 6, 128: 8}.get(layout.spec.head_dim, 4)  # registers
     fitting = [
-        (warps * blocks, blocks, warps)
-        for warps in (6, 4, 2, 1)
+        (warps * blocks, pieces, blocks, warps)
+        for warps in (8, 6, 4, 3, 2, 1)
         for blocks in (2, 1)
-        for tuning in [DecodeTuning(warps, blocks)]
+        for pieces in (3, 2)
+        for tuning in [DecodeTuning(warps, blocks, pieces=pieces)]
         if warps <= most
         and blocks * (shared_bytes(layout, tuning) + _RESERVED_SHARED)
         <= max_shared + _RESERVED_SHARED
     ]
-    _, blocks, warps = max(fitting)
-    return DecodeTuning(warps, blocks, target_splits, min_split)
+    _, pieces, blocks, warps = max(fitting)
+    return DecodeTuning(warps, blocks, target_splits, min_split, pieces)
 
 
 def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     """Bytes of struct Shared of paged_decode.cu; the kernel asserts that they are enough."""
     dim, lowest = layout.spec.head_dim, layout.lowest
     num_forms = 3 if lowest else 1
-    sides = 128 if lowest else 0
+    side = 128 if lowest else 0
     if lowest == Codec.INT4:
-        sides = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
-    sides *= (tuning.pieces + 1) // 2
+        side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
+    units_ahead = tuning.pieces // 2 + 1
+    most_units = -(-MAX_SPLIT // 16 // tuning.warps) + units_ahead
+    warp = tuning.pieces * 32 * dim + units_ahead * side + 64 + 16
+    warp += 16 * (1 << (most_units - 1).bit_length() if tuning.warps > 4 else most_units)
     if lowest == Codec.INT4:
-        sides += 2 * dim
-    warp = tuning.pieces * 32 * dim + sides + 64 + MAX_SPLIT // 128
+        warp += 2 * dim + 16
     queries = 2 * 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
-    slots = _SLOTS * -(-4 * (RECORD_INTS + 4) // 16) * 16
-    return slots + queries + tuning.warps * warp + 16
+    slots = _SLOTS * 4 * (RECORD_INTS + 8)
+    return slots + queries + tuning.warps * warp + _COUNTED_BYTES + 64
 
 
 class PagedDecode:
@@ -216,7 +220,7 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
 
 def records_read(grid: int, num_tiles: int, tuning: DecodeTuning) -> int:
     """Records that the kernel's blocks read before they know how many there are."""
-    records_ahead = (tuning.pieces + 1) // 2 + 2  # RECORDS_AHEAD of decode_items.cuh
+    records_ahead = tuning.pieces // 2 + 3  # RECORDS_AHEAD of decode_items.cuh
     return -(-grid * records_ahead // num_tiles)
 
 
