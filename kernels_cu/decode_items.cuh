@@ -13,12 +13,11 @@ __device__ constexpr int power_of_two(int least) {
 }
 
 constexpr int SLOTS = 8;
-constexpr int AHEAD = PIECES / 2 + 1;     // units that a warp's ring reaches into, the next with it
-constexpr int RECORDS_AHEAD = AHEAD + 2;  // items whose records are there or on their way
+constexpr int RECORDS_AHEAD = 4;  // items whose records are there or on their way
 constexpr int RECORD_CHUNKS = RECORD_INTS / 4;
+constexpr int AHEAD = 2;  // units of a warp that are there or on their way
 constexpr int MOST_UNITS = (MAX_SPLIT / GRANULE + WARPS - 1) / WARPS + AHEAD;  // in a warp's queue
 constexpr int QUEUE = WARPS > 4 ? power_of_two(MOST_UNITS) : MOST_UNITS;  // soon counted, or small
-static_assert(PIECES >= 2 && PIECES <= 5, "SLOTS and wait_for_query count on it");
 
 // Item `turn` of this block, of all the grid's.
 __device__ __forceinline__ int item_of(int turn) { return blockIdx.x + turn * gridDim.x; }
@@ -86,7 +85,7 @@ __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, cons
 
 // ---- units --------------------------------------------------------------------------------------
 
-// What a warp keeps in shared memory besides its ring.
+// What a warp keeps in shared memory besides a unit's bytes.
 struct WarpSide {
     Unit units[QUEUE];  // unit i in place i % QUEUE
     int turn;           // of the block: the item whose units came to the queue last
@@ -173,19 +172,19 @@ __device__ __forceinline__ void copy_chunks(u8* to, const u8* from, int lane_pla
 
 // One group of copies, of a warp that has done with what was there before.
 template <bool IS_VALUES>
-__device__ __forceinline__ void copy_piece(u8* to, const u8* from, int lane) {
-    copy_chunks<IS_VALUES, 0>(to, from + 16 * lane, place_of_chunk<IS_VALUES>(lane));
+__device__ __forceinline__ void copy_piece(uint4* to, const u8* from, int lane) {
+    copy_chunks<IS_VALUES, 0>(reinterpret_cast<u8*>(to), from + 16 * lane, place_of_chunk<IS_VALUES>(lane));
 }
 
-// Until all groups but a ring's last PIECES - 1 are there, for all the warp's lanes. Keys and values
-// take turns, a group each even where there is no unit, so that this is what is needed next.
+// Until all groups but the last are there, for all the warp's lanes. Keys and values take turns, a
+// group each even where there is no unit, so that this is what is needed next.
 __device__ __forceinline__ void wait_for_piece() {
-    cp_async_wait<PIECES - 1>();
+    cp_async_wait<1>();
     __syncwarp();
 }
 
 // Starts to copy the keys and the scales of unit idx, the first that have not been.
-__device__ __forceinline__ void copy_keys(u8* to, WarpSide& side, u32 idx, Slot* slots,
+__device__ __forceinline__ void copy_keys(uint4* to, WarpSide& side, u32 idx, Slot* slots,
                                           const int& num_items, const Pool& pool, int warp,
                                           int lane) {
     __syncwarp();
@@ -210,7 +209,7 @@ __device__ __forceinline__ void copy_keys(u8* to, WarpSide& side, u32 idx, Slot*
     cp_async_commit();
 }
 
-__device__ __forceinline__ void copy_values(u8* to, WarpSide& side, u32 idx, const Pool& pool,
+__device__ __forceinline__ void copy_values(uint4* to, WarpSide& side, u32 idx, const Pool& pool,
                                             int lane) {
     __syncwarp();
     const Unit& unit = side.unit(idx);

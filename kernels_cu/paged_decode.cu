@@ -6,14 +6,13 @@
 // keeps its own softmax; then the warps' sums are added in their order. Where a row has several
 // splits, the block that comes last adds them in their order, so that a row's result depends neither
 // on its neighbours nor on chance. counters are zero before and after a launch.
-// Each warp has a ring of PIECES pieces of shared memory, filled by cp.async with its units' keys and
-// values in turn: what has been used makes room for what comes PIECES later, of the next items too,
-// so that loads never cease between a block's items. Records and q go ahead in the same way.
+// Each warp has room for the keys and the values of one unit, filled by cp.async: what has been used
+// makes room for the same of the next unit, of the next items too, so that loads never cease between
+// a block's items. Records and q go ahead in the same way.
 // Dynamic shared memory: SHARED_BYTES, see shared_bytes() of attention/paged_decode.py; at HEAD_DIM
-// 128, 6 warps and 3 pieces 83 KiB native, 102 KiB with INT4.
+// 128 and 8 warps 80 KiB native, 102 KiB with INT4.
 // -D: SCALAR_BF16, HEAD_DIM (64, 96, 128, 256), MAX_CODEC (0 native, 1 INT8, 2 INT4: the lowest that
-// tables may name), WARPS, PIECES (3 or 5), MIN_BLOCKS (of a multiprocessor, for the compiler),
-// SHARED_BYTES.
+// tables may name), WARPS, MIN_BLOCKS (of a multiprocessor, for the compiler), SHARED_BYTES.
 #include "ptx.cuh"
 #include "decode_record.cuh"
 #include "decode_units.cuh"
@@ -31,8 +30,13 @@ struct Done {
     int out_head, num_heads;       // of all rows' heads the first, and how many
 };
 
+// A unit of a warp.
+struct UnitBytes {
+    uint4 keys[PIECE_BYTES / 16], values[PIECE_BYTES / 16];
+};
+
 struct Shared {
-    uint4 rings[WARPS][PIECES][PIECE_BYTES / 16];
+    UnitBytes bytes[WARPS];
     WarpSide sides[WARPS];
     Slot slots[SLOTS];
     RawQuery raw[2];
@@ -44,70 +48,45 @@ struct Shared {
     u32 complete;   // see settle
 };
 
-// A warp's way through its units: keys and values in turn are in the pieces of its ring, and in the
-// place of what has been used comes what follows PIECES later: of keys, where PIECES is odd, values.
-struct Walk {
-    u8* ring;
-    int piece;    // at hand
-    u32 at_hand;  // unit, of all the warp's
-    __device__ __forceinline__ u8* here() const { return ring + piece * PIECE_BYTES; }
-    __device__ __forceinline__ void advance() {
-        if (PIECES == 2) piece ^= 1;  // a unit has the same pieces as that before: no variable
-        else piece = piece == PIECES - 1 ? 0 : piece + 1;
-    }
-};
-
-__device__ __forceinline__ void fill_ring(const Walk& walk, Shared& shared, const Pool& pool,
-                                          int warp, int lane) {
-    WarpSide& side = shared.sides[warp];
-#pragma unroll 1
-    for (int i = 0; 2 * i < PIECES; ++i) {
-        copy_keys(walk.ring + 2 * i * PIECE_BYTES, side, i, shared.slots, shared.num_items, pool,
-                  warp, lane);
-        if (2 * i + 1 == PIECES) continue;
-        copy_values(walk.ring + (2 * i + 1) * PIECE_BYTES, side, i, pool, lane);
-    }
+__device__ __forceinline__ void copy_next_keys(Shared& shared, u32 idx, int warp, int lane) {
+    copy_keys(shared.bytes[warp].keys, shared.sides[warp], idx, shared.slots, shared.num_items,
+              shared.pool, warp, lane);
 }
 
-// Keys in the place of the piece at hand.
-__device__ __forceinline__ void follow_with_keys(const Walk& walk, Shared& shared, const Pool& pool,
-                                                 int warp, int lane) {
-    copy_keys(walk.here(), shared.sides[warp], walk.at_hand + AHEAD - 1, shared.slots,
-              shared.num_items, pool, warp, lane);
+__device__ __forceinline__ void copy_next_values(Shared& shared, u32 idx, int warp, int lane) {
+    copy_values(shared.bytes[warp].values, shared.sides[warp], idx, shared.pool, lane);
 }
 
-// The unit at hand, but for the copy that follows into its values' place.
-__device__ __forceinline__ void attend_unit(Softmax& softmax, Walk& walk, Shared& shared,
-                                            const int* record, const Pool& pool, int warp,
-                                            int lane) {
+// Unit idx of a warp, whose keys and values are there or on their way; the keys of the next go where
+// its own were.
+__device__ __forceinline__ void attend_unit(Softmax& softmax, u32 idx, Shared& shared,
+                                            const int* record, int warp, int lane) {
     WarpSide& sides = shared.sides[warp];
-    const u8* keys = walk.here();
+    const u8* keys = reinterpret_cast<const u8*>(shared.bytes[warp].keys);
+    const u8* values = reinterpret_cast<const u8*>(shared.bytes[warp].values);
     float x[MAX_TILES][4];
     wait_for_piece();
-    int codec = sides.unit(walk.at_hand).codec_or_empty();
+    int codec = sides.unit(idx).codec_or_empty();
     if (codec == NATIVE) {
         score_native(x, keys, shared.query, lane);
     }
 #if MAX_CODEC >= 1
-    const Side& side = sides.sides[walk.at_hand % AHEAD];
+    const Side& side = sides.sides[idx % AHEAD];
     if (codec == INT8) {
         score_int8(x, keys, shared.query, side, lane);
     }
 #endif
 #if MAX_CODEC == 2
     if (codec == INT4) {
-        int offset = offset_in_block(sides.unit(walk.at_hand), pool.block_size);
-        spread_scales(sides.scales, side, offset, 4 * pool.block_size, lane);
+        int block_size = shared.pool.block_size, offset = offset_in_block(sides.unit(idx), block_size);
+        spread_scales(sides.scales, side, offset, 4 * block_size, lane);
         score_int4(x, keys, shared.query, side.zeros(), sides.scales, lane);
     }
 #endif
-    if constexpr (PIECES % 2) copy_values(walk.here(), sides, walk.at_hand + AHEAD - 1, pool, lane);
-    else follow_with_keys(walk, shared, pool, warp, lane);
-    walk.advance();
-    const u8* values = walk.here();
+    copy_next_keys(shared, idx + 1, warp, lane);
     wait_for_piece();
-    int position = sides.unit(walk.at_hand).position;
-    codec = sides.unit(walk.at_hand).codec_or_empty();  // read again: registers are few
+    int position = sides.unit(idx).position;
+    codec = sides.unit(idx).codec_or_empty();  // read again: registers are few
     if (codec == NATIVE) {
         attend_native(softmax, x, values, position, record, lane);
     }
@@ -121,15 +100,6 @@ __device__ __forceinline__ void attend_unit(Softmax& softmax, Walk& walk, Shared
         attend_int4(softmax, x, values, side.v_scales(), position, record, lane);
     }
 #endif
-}
-
-// On to the next unit.
-__device__ __forceinline__ void step_on(Walk& walk, Shared& shared, const Pool& pool, int warp,
-                                        int lane) {
-    ++walk.at_hand;
-    if constexpr (PIECES % 2) follow_with_keys(walk, shared, pool, warp, lane);
-    else copy_values(walk.here(), shared.sides[warp], walk.at_hand + AHEAD - 2, pool, lane);
-    walk.advance();
 }
 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
@@ -219,15 +189,6 @@ __device__ __forceinline__ void settle(const Results& results, u32& complete, co
     }
 }
 
-// Before the barrier at an item's end: until this thread's copies of the next item's q are there. They
-// went with the piece after the last item's end; of this item came two pieces a turn, less one. A ring
-// of two has waited for them already. is_first: the item has one turn only.
-__device__ __forceinline__ void wait_for_query(bool is_first) {
-    if constexpr (PIECES == 2) return;
-    if (is_first) cp_async_wait<1>();
-    else cp_async_wait<3>();
-}
-
 // Where the items' records and q are.
 struct Work {
     const int* plan;
@@ -272,16 +233,16 @@ __device__ __forceinline__ bool begin_work(const Work& work, Shared& shared,
     return true;
 }
 
-// An item is done: its sums go where the last unit's values were, in all warps the same piece, and
-// from there out. Then q of the block's next item is taken up.
+// An item is done: its sums go where the last unit's values were, and from there out. Then q of the
+// block's next item is taken up: it came with the values after the last item's end, for which each
+// thread has waited.
 __device__ __forceinline__ void end_item(Softmax& softmax, const Results& results, const Work& work,
-                                         Shared& shared, int piece, int turn, bool is_first) {
+                                         Shared& shared, int turn) {
     Slot& slot = shared.slots[turn & (SLOTS - 1)];
     int thread = opaque(threadIdx.x);
-    SumSets sets = {reinterpret_cast<u8*>(shared.rings) + piece * PIECE_BYTES, &shared.stats};
+    SumSets sets = {reinterpret_cast<u8*>(shared.bytes[0].values), &shared.stats};
     __syncwarp();
     store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
-    wait_for_query(is_first);
     __syncthreads();
     write_item(results, sets, slot, item_of(turn), thread);
     if (thread == 0) {
@@ -308,11 +269,10 @@ __device__ __forceinline__ void end_item(Softmax& softmax, const Results& result
 }
 
 // What later items than the next need is sent for, into the places of the item that is done.
-__device__ __forceinline__ void reach_on(const Work& work, Shared& shared, const Pool& pool,
-                                         int turn) {
+__device__ __forceinline__ void reach_on(const Work& work, Shared& shared, int turn) {
     if (work.has(turn + 2)) work.begin_query(shared.raw, shared.slots, turn + 2);
     int later = turn + RECORDS_AHEAD;
-    if (work.has(later)) work.begin_records(shared.slots, later, 1, pool);
+    if (work.has(later)) work.begin_records(shared.slots, later, 1, shared.pool);
 }
 
 // grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
@@ -343,30 +303,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     Work work = {plan, q, q_rotated, scale, num_kv_heads * group, results.tiles(), group,
                  shared.num_items};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Pool& pool = shared.pool;
     if (!begin_work(work, shared, given)) return;
-    Walk walk;
     if (lane == 0) shared.sides[warp].turn = -1, shared.sides[warp].end = 0;
-    walk.ring = reinterpret_cast<u8*>(shared.rings[warp]);
-    walk.piece = 0, walk.at_hand = 0;
-    fill_ring(walk, shared, pool, warp, lane);
-    cp_async_wait<PIECES>();
+    copy_next_keys(shared, 0, warp, lane);
+    copy_next_values(shared, 0, warp, lane);
+    cp_async_wait<2>();
     __syncthreads();
     store_query(shared.query, shared.raw[0], shared.slots[0], scale, threadIdx.x);
     __syncthreads();
     Softmax softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
-    bool is_first = true;
-    for (int turn = 0;;) {
+    int turn = 0;
+    for (u32 idx = 0;; ++idx) {
         const Slot& slot = shared.slots[opaque(turn) & (SLOTS - 1)];  // not kept in a register
-        attend_unit(softmax, walk, shared, slot.record, pool, warp, lane);
-        bool is_last = shared.sides[warp].unit(walk.at_hand).is_last();
-        if (is_last) {
-            end_item(softmax, results, work, shared, walk.piece, turn, is_first);
+        attend_unit(softmax, idx, shared, slot.record, warp, lane);
+        if (shared.sides[warp].unit(idx).is_last()) {
+            end_item(softmax, results, work, shared, turn);
             if (!work.has(turn + 1)) return;
-            reach_on(work, shared, pool, turn);
+            reach_on(work, shared, turn);
             ++turn;
         }
-        is_first = is_last;
-        step_on(walk, shared, pool, warp, lane);
+        copy_next_values(shared, idx + 1, warp, lane);
     }
 }

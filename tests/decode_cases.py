@@ -133,7 +133,7 @@ def run_kernel(
     tuning = replace(default_tuning(layout), target_splits=target_splits)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
-    num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles, tuning)
+    num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles)
     plan = torch.full((RECORD_HEADER + num_records * RECORD_INTS,), -1, dtype=torch.int32)
     args = [plan, inputs.tables, inputs.tables.stride(0), inputs.seq_lens, case.block_size]
     load("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0}).launch(

@@ -213,12 +213,13 @@ def test_as_many_warps_as_shared_memory_holds():
         found = default_tuning(BlockLayout(spec, lowest), kib << 10)
         return found.warps, found.blocks
 
-    assert tuning(128, Codec.NATIVE, 227) == (6, 2)
-    assert tuning(128, Codec.INT4, 227) == (6, 2)
+    assert tuning(128, Codec.NATIVE, 227) == (8, 2)
+    assert tuning(128, Codec.INT4, 227) == (8, 2)
     assert tuning(128, Codec.INT4, 163) == (4, 2)
-    assert tuning(128, Codec.NATIVE, 99) == (6, 1)
-    assert tuning(128, Codec.NATIVE, 64) == (4, 1)
+    assert tuning(128, Codec.NATIVE, 99) == (4, 2)
+    assert tuning(128, Codec.NATIVE, 64) == (6, 1)
     assert tuning(256, Codec.NATIVE, 227) == (4, 2)
+    assert tuning(256, Codec.INT4, 227) == (3, 2)
     assert tuning(256, Codec.INT4, 64) == (1, 1)
 
 

@@ -28,7 +28,10 @@ HEAD_DIMS = (64, 96, 128, 256)  # that paged_decode is written for
 RECORD_HEADER = 8
 MAX_SPLIT = 2048
 RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
-_SLOTS = 8  # of decode_items.cuh
+# Of decode_items.cuh.
+_SLOTS = 8
+_AHEAD = 2
+_RECORDS_AHEAD = 4
 _COUNTED_BYTES = 32 * 24  # of paged_decode.cu: what is kept of items until they are counted
 _RESERVED_SHARED = 1024  # bytes of shared memory that each block takes besides
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
@@ -42,7 +45,6 @@ class DecodeTuning:
     blocks: int = 2  # of a multiprocessor
     target_splits: int = 8  # of a row, where they are no longer than MAX_SPLIT
     min_split: int = 256  # positions of a split, a power of two from the longest span (128) up
-    pieces: int = 2  # of a warp's ring: 2 to 5
 
 
 def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTuning:
@@ -54,17 +56,16 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
     min_split = 256 if target_splits <= 16 else 128
     most = {64: 8, 96: 6, 128: 8}.get(layout.spec.head_dim, 4)  # registers
     fitting = [
-        (warps * blocks, pieces, blocks, warps)
+        (warps * blocks, blocks, warps)
         for warps in (8, 6, 4, 3, 2, 1)
         for blocks in (2, 1)
-        for pieces in (3, 2)
-        for tuning in [DecodeTuning(warps, blocks, pieces=pieces)]
+        for tuning in [DecodeTuning(warps, blocks)]
         if warps <= most
         and blocks * (shared_bytes(layout, tuning) + _RESERVED_SHARED)
         <= max_shared + _RESERVED_SHARED
     ]
-    _, pieces, blocks, warps = max(fitting)
-    return DecodeTuning(warps, blocks, target_splits, min_split, pieces)
+    _, blocks, warps = max(fitting)
+    return DecodeTuning(warps, blocks, target_splits, min_split)
 
 
 def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
@@ -74,9 +75,8 @@ def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     side = 128 if lowest else 0
     if lowest == Codec.INT4:
         side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
-    units_ahead = tuning.pieces // 2 + 1
-    most_units = -(-MAX_SPLIT // 16 // tuning.warps) + units_ahead
-    warp = tuning.pieces * 32 * dim + units_ahead * side + 64 + 16
+    most_units = -(-MAX_SPLIT // 16 // tuning.warps) + _AHEAD
+    warp = 2 * 32 * dim + _AHEAD * side + 64 + 16
     warp += 16 * (1 << (most_units - 1).bit_length() if tuning.warps > 4 else most_units)
     if lowest == Codec.INT4:
         warp += 2 * dim + 16
@@ -122,7 +122,7 @@ class PagedDecode:
         """Memory for a work list, int32; one for each window that is in use at the same time."""
         import torch
 
-        num_records = max(self.max_records, records_read(self._grid, self.num_tiles, self.tuning))
+        num_records = max(self.max_records, records_read(self._grid, self.num_tiles))
         num_ints = RECORD_HEADER + num_records * RECORD_INTS
         return torch.zeros(num_ints, dtype=torch.int32, device=self.device)
 
@@ -213,15 +213,13 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
         "MAX_CODEC": int(layout.lowest),
         "WARPS": tuning.warps,
         "MIN_BLOCKS": tuning.blocks,
-        "PIECES": tuning.pieces,
         "SHARED_BYTES": shared_bytes(layout, tuning),
     }
 
 
-def records_read(grid: int, num_tiles: int, tuning: DecodeTuning) -> int:
+def records_read(grid: int, num_tiles: int) -> int:
     """Records that the kernel's blocks read before they know how many there are."""
-    records_ahead = tuning.pieces // 2 + 3  # RECORDS_AHEAD of decode_items.cuh
-    return -(-grid * records_ahead // num_tiles)
+    return -(-grid * _RECORDS_AHEAD // num_tiles)
 
 
 def max_splits(max_len: int, tuning: DecodeTuning) -> int:
