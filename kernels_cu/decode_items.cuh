@@ -12,12 +12,14 @@ __device__ constexpr int power_of_two(int least) {
     return power;
 }
 
-constexpr int SLOTS = 8;
-constexpr int RECORDS_AHEAD = 4;  // items whose records are there or on their way
+constexpr int THREADS = 32 * WARPS;
+constexpr int SLOTS = 4;  // as many items' records are there or on their way
 constexpr int RECORD_CHUNKS = RECORD_INTS / 4;
-constexpr int AHEAD = 2;  // units of a warp that are there or on their way
-constexpr int MOST_UNITS = (MAX_SPLIT / GRANULE + WARPS - 1) / WARPS + AHEAD;  // in a warp's queue
-constexpr int QUEUE = WARPS > 4 ? power_of_two(MOST_UNITS) : MOST_UNITS;  // soon counted, or small
+constexpr int AHEAD = 2;  // units of a warp whose keys, at least, are there or on their way
+// Units in a warp's queue: an item's, and the last of the item before, which is still at hand.
+constexpr int MOST_UNITS = (MAX_SPLIT / GRANULE + WARPS - 1) / WARPS + 1;
+// A power of two, so that idx % QUEUE is a mask, where it costs little memory.
+constexpr int QUEUE = WARPS > 4 ? power_of_two(MOST_UNITS) : MOST_UNITS;
 
 // Item `turn` of this block, of all the grid's.
 __device__ __forceinline__ int item_of(int turn) { return blockIdx.x + turn * gridDim.x; }
@@ -85,8 +87,9 @@ __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, cons
 
 // ---- units --------------------------------------------------------------------------------------
 
-// What a warp keeps in shared memory besides a unit's bytes.
-struct WarpSide {
+// What a warp keeps in shared memory.
+struct WarpState {
+    UnitBytes bytes;    // the values of the unit at hand; its keys, or the next one's
     Unit units[QUEUE];  // unit i in place i % QUEUE
     int turn;           // of the block: the item whose units came to the queue last
     u32 end;            // of the queue: how many have come
@@ -111,7 +114,7 @@ __device__ __forceinline__ const u8* keys_of(const Unit& unit, const Slot& slot,
 // Puts this warp's units of an item in the queue, behind unit `end`; returns the queue's new end.
 // Units go round the warps in order, whatever their codec; all warps have equally many turns, one at
 // least, so the last may be empty.
-__device__ __forceinline__ u32 queue_item(WarpSide& side, u32 end, Slot& slot, const Pool& pool,
+__device__ __forceinline__ u32 queue_item(WarpState& state, u32 end, Slot& slot, const Pool& pool,
                                           int warp, int lane) {
     const int* record = slot.record;
     int start = record[RECORD_START], shift = pool.block_size == GRANULE ? 0 : 1;
@@ -128,16 +131,17 @@ __device__ __forceinline__ u32 queue_item(WarpSide& side, u32 end, Slot& slot, c
         int idx = before + __popc(units & ((1u << lane) - 1));
         if (is_unit && idx % WARPS == warp) {
             unit.keys = keys_of(unit, slot, pool);
-            side.unit(end + u32(idx) / WARPS) = unit;
+            state.unit(end + u32(idx) / WARPS) = unit;
         }
         before += __popc(units);
-        if (MAX_CODEC >= 1) codecs |= __any_sync(FULL_MASK, is_unit && unit.codec() == INT8) << INT8;
-        if (MAX_CODEC == 2) codecs |= __any_sync(FULL_MASK, is_unit && unit.codec() == INT4) << INT4;
+        int codec = is_unit ? unit.codec() : NATIVE;
+        if (MAX_CODEC >= 1) codecs |= __any_sync(FULL_MASK, codec == INT8) << INT8;
+        if (MAX_CODEC == 2) codecs |= __any_sync(FULL_MASK, codec == INT4) << INT4;
     }
     int turns = max(1, (before + WARPS - 1) / WARPS);
     __syncwarp();
     if (lane == 0) {
-        Unit& last = side.unit(end + turns - 1);
+        Unit& last = state.unit(end + turns - 1);
         if ((turns - 1) * WARPS + warp >= before) last = {IS_EMPTY, 0, nullptr};
         last.entry |= IS_LAST;
     }
@@ -146,17 +150,17 @@ __device__ __forceinline__ u32 queue_item(WarpSide& side, u32 end, Slot& slot, c
 }
 
 // Has the queue reach beyond unit `end`: the next item, or an empty unit where there is none.
-__device__ __forceinline__ void extend_queue(WarpSide& side, u32 end, Slot* slots,
+__device__ __forceinline__ void extend_queue(WarpState& state, u32 end, Slot* slots,
                                              const int& num_items, const Pool& pool, int warp,
                                              int lane) {
-    int turn = side.turn + 1;
+    int turn = state.turn + 1;
     __syncwarp();
     if (item_of(turn) < num_items) {
-        u32 new_end = queue_item(side, end, slots[turn & (SLOTS - 1)], pool, warp, lane);
-        if (lane == 0) side.turn = turn, side.end = new_end;
+        u32 new_end = queue_item(state, end, slots[turn & (SLOTS - 1)], pool, warp, lane);
+        if (lane == 0) state.turn = turn, state.end = new_end;
     } else if (lane == 0) {
-        side.unit(end) = {IS_EMPTY, 0, nullptr};
-        side.end = end + 1;
+        state.unit(end) = {IS_EMPTY, 0, nullptr};
+        state.end = end + 1;
     }
     __syncwarp();
 }
@@ -170,10 +174,11 @@ __device__ __forceinline__ void copy_chunks(u8* to, const u8* from, int lane_pla
     }
 }
 
-// One group of copies, of a warp that has done with what was there before.
+// By a warp that has done with what was there before.
 template <bool IS_VALUES>
 __device__ __forceinline__ void copy_piece(uint4* to, const u8* from, int lane) {
-    copy_chunks<IS_VALUES, 0>(reinterpret_cast<u8*>(to), from + 16 * lane, place_of_chunk<IS_VALUES>(lane));
+    int lane_place = place_of_chunk<IS_VALUES>(lane);
+    copy_chunks<IS_VALUES, 0>(reinterpret_cast<u8*>(to), from + 16 * lane, lane_place);
 }
 
 // Until all groups but the last are there, for all the warp's lanes. Keys and values take turns, a
@@ -183,37 +188,37 @@ __device__ __forceinline__ void wait_for_piece() {
     __syncwarp();
 }
 
-// Starts to copy the keys and the scales of unit idx, the first that have not been.
-__device__ __forceinline__ void copy_keys(uint4* to, WarpSide& side, u32 idx, Slot* slots,
+// Starts to copy the keys and the scales of unit idx, the first of which there are none yet.
+__device__ __forceinline__ void copy_keys(WarpState& state, u32 idx, Slot* slots,
                                           const int& num_items, const Pool& pool, int warp,
                                           int lane) {
     __syncwarp();
-    if (idx == side.end) extend_queue(side, idx, slots, num_items, pool, warp, lane);
-    const Unit unit = side.unit(idx);
+    if (idx == state.end) extend_queue(state, idx, slots, num_items, pool, warp, lane);
+    const Unit unit = state.unit(idx);
     if (!unit.is_empty()) {
-        copy_piece<false>(to, unit.keys, lane);
+        copy_piece<false>(state.bytes.keys, unit.keys, lane);
 #if MAX_CODEC >= 1
-        const u8* piece = slots[side.turn & (SLOTS - 1)].side +
+        const u8* piece = slots[state.turn & (SLOTS - 1)].side +
                           u64(unit.entry & 0xffffff) * pool.block_side_bytes;
         int offset = offset_in_block(unit, pool.block_size);
         if (unit.codec() == INT8) {
-            copy_int8_side(side.sides[idx % AHEAD], piece, offset, 2 * pool.block_size, lane);
+            copy_int8_side(state.sides[idx % AHEAD], piece, offset, 2 * pool.block_size, lane);
         }
 #endif
 #if MAX_CODEC == 2
         if (unit.codec() == INT4) {
-            copy_int4_side(side.sides[idx % AHEAD], piece, offset, 4 * pool.block_size, lane);
+            copy_int4_side(state.sides[idx % AHEAD], piece, offset, 4 * pool.block_size, lane);
         }
 #endif
     }
     cp_async_commit();
 }
 
-__device__ __forceinline__ void copy_values(uint4* to, WarpSide& side, u32 idx, const Pool& pool,
+__device__ __forceinline__ void copy_values(WarpState& state, u32 idx, const Pool& pool,
                                             int lane) {
     __syncwarp();
-    const Unit& unit = side.unit(idx);
-    if (!unit.is_empty()) copy_piece<true>(to, unit.keys + pool.values_step, lane);
+    const Unit& unit = state.unit(idx);
+    if (!unit.is_empty()) copy_piece<true>(state.bytes.values, unit.keys + pool.values_step, lane);
     cp_async_commit();
 }
 

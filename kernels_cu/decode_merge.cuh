@@ -1,18 +1,16 @@
 // Adding up what warps, then splits, made of an item's heads: always in their order.
 #pragma once
 
-constexpr int THREADS = 32 * WARPS;
-
 // Sets of sums of 8 heads, in units of 2^top; a set fills the place of a warp's values.
 struct SumStats {
     float tops[WARPS][8], weights[WARPS][8];
 };
 struct SumSets {
-    u8* first;  // of warp 0
+    WarpState* states;
     SumStats* stats;
     // Two neighbouring channels; heads that lanes write together are in different banks.
     __device__ __forceinline__ float2& pair(int set, int head, int pair_idx) const {
-        return reinterpret_cast<float2*>(first + set * (2 * PIECE_BYTES))
+        return reinterpret_cast<float2*>(states[set].bytes.values)
             [head * (HEAD_DIM / 2) + (pair_idx ^ (head / 2 & 3))];
     }
 };

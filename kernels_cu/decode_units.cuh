@@ -28,7 +28,8 @@ template <int CODEC> struct Form {
     static constexpr int TILES = 1 << CODEC;  // of 16 positions
     // Keys: bytes a lane loads at once, so that four lanes t cover a run of the row. Few of INT4: the
     // scaled q of each byte takes registers.
-    static constexpr int K_LOAD = ROW_BYTES % 64 == 0 && CODEC != 2 ? 16 : ROW_BYTES % 32 == 0 ? 8 : 4;
+    static constexpr int K_LOAD =
+        ROW_BYTES % 64 == 0 && CODEC != INT4 ? 16 : ROW_BYTES % 32 == 0 ? 8 : 4;
     static constexpr int K_LOADS = ROW_BYTES / (4 * K_LOAD);  // of a row
     static constexpr int K_WORDS = K_LOAD / 4;
     static constexpr int V_LOAD = CODEC == NATIVE ? 2 * V_LANE : V_LANE;
@@ -52,6 +53,11 @@ struct __align__(16) Unit {
     __device__ __forceinline__ bool is_empty() const { return entry & IS_EMPTY; }
     __device__ __forceinline__ int codec_or_empty() const { return is_empty() ? -1 : codec(); }
     __device__ __forceinline__ bool is_last() const { return entry & IS_LAST; }  // of the item
+};
+
+// Of a unit, as they are in the pool but for the order of their sixteens (keys_place, values_place).
+struct UnitBytes {
+    uint4 keys[PIECE_BYTES / 16], values[PIECE_BYTES / 16];
 };
 
 // What the whole block of threads shares for one item.
@@ -319,8 +325,8 @@ __device__ __forceinline__ void score_int4(float (&x)[MAX_TILES][4], const u8* k
         u32 b[F::K_WORDS][2][2];
 #pragma unroll
         for (int word = 0; word < F::K_WORDS; ++word) {
-            scale_query(b[word], rests, zero_sums, query, zeros, scales.pairs, load * F::K_WORDS + word,
-                        lane);
+            scale_query(b[word], rests, zero_sums, query, zeros, scales.pairs,
+                        load * F::K_WORDS + word, lane);
         }
 #pragma unroll
         for (int tile = 0; tile < 4; ++tile) {

@@ -18,8 +18,8 @@
 #include "decode_units.cuh"
 #include "decode_values.cuh"
 #include "decode_softmax.cuh"
-#include "decode_merge.cuh"
 #include "decode_items.cuh"
+#include "decode_merge.cuh"
 
 constexpr int COUNT_EVERY = 32;  // items of a block: a bit each
 
@@ -30,14 +30,8 @@ struct Done {
     int out_head, num_heads;       // of all rows' heads the first, and how many
 };
 
-// A unit of a warp.
-struct UnitBytes {
-    uint4 keys[PIECE_BYTES / 16], values[PIECE_BYTES / 16];
-};
-
 struct Shared {
-    UnitBytes bytes[WARPS];
-    WarpSide sides[WARPS];
+    WarpState states[WARPS];
     Slot slots[SLOTS];
     RawQuery raw[2];
     Query query;
@@ -48,45 +42,37 @@ struct Shared {
     u32 complete;   // see settle
 };
 
-__device__ __forceinline__ void copy_next_keys(Shared& shared, u32 idx, int warp, int lane) {
-    copy_keys(shared.bytes[warp].keys, shared.sides[warp], idx, shared.slots, shared.num_items,
-              shared.pool, warp, lane);
-}
-
-__device__ __forceinline__ void copy_next_values(Shared& shared, u32 idx, int warp, int lane) {
-    copy_values(shared.bytes[warp].values, shared.sides[warp], idx, shared.pool, lane);
-}
-
 // Unit idx of a warp, whose keys and values are there or on their way; the keys of the next go where
 // its own were.
 __device__ __forceinline__ void attend_unit(Softmax& softmax, u32 idx, Shared& shared,
                                             const int* record, int warp, int lane) {
-    WarpSide& sides = shared.sides[warp];
-    const u8* keys = reinterpret_cast<const u8*>(shared.bytes[warp].keys);
-    const u8* values = reinterpret_cast<const u8*>(shared.bytes[warp].values);
+    WarpState& state = shared.states[warp];
+    const u8* keys = reinterpret_cast<const u8*>(state.bytes.keys);
+    const u8* values = reinterpret_cast<const u8*>(state.bytes.values);
     float x[MAX_TILES][4];
     wait_for_piece();
-    int codec = sides.unit(idx).codec_or_empty();
+    int codec = state.unit(idx).codec_or_empty();
     if (codec == NATIVE) {
         score_native(x, keys, shared.query, lane);
     }
 #if MAX_CODEC >= 1
-    const Side& side = sides.sides[idx % AHEAD];
+    const Side& side = state.sides[idx % AHEAD];
     if (codec == INT8) {
         score_int8(x, keys, shared.query, side, lane);
     }
 #endif
 #if MAX_CODEC == 2
     if (codec == INT4) {
-        int block_size = shared.pool.block_size, offset = offset_in_block(sides.unit(idx), block_size);
-        spread_scales(sides.scales, side, offset, 4 * block_size, lane);
-        score_int4(x, keys, shared.query, side.zeros(), sides.scales, lane);
+        int block_size = shared.pool.block_size;
+        int offset = offset_in_block(state.unit(idx), block_size);
+        spread_scales(state.scales, side, offset, 4 * block_size, lane);
+        score_int4(x, keys, shared.query, side.zeros(), state.scales, lane);
     }
 #endif
-    copy_next_keys(shared, idx + 1, warp, lane);
+    copy_keys(state, idx + 1, shared.slots, shared.num_items, shared.pool, warp, lane);
     wait_for_piece();
-    int position = sides.unit(idx).position;
-    codec = sides.unit(idx).codec_or_empty();  // read again: registers are few
+    int position = state.unit(idx).position;
+    codec = state.unit(idx).codec_or_empty();  // read again: registers are few
     if (codec == NATIVE) {
         attend_native(softmax, x, values, position, record, lane);
     }
@@ -217,7 +203,7 @@ struct Work {
 // false: there is nothing for this block.
 __device__ __forceinline__ bool begin_work(const Work& work, Shared& shared,
                                            const Pool& pool) {
-    work.begin_records(shared.slots, 0, RECORDS_AHEAD, pool);
+    work.begin_records(shared.slots, 0, SLOTS, pool);
     cp_async_commit();
     if (threadIdx.x == 0) {
         shared.pool = pool;
@@ -240,7 +226,7 @@ __device__ __forceinline__ void end_item(Softmax& softmax, const Results& result
                                          Shared& shared, int turn) {
     Slot& slot = shared.slots[turn & (SLOTS - 1)];
     int thread = opaque(threadIdx.x);
-    SumSets sets = {reinterpret_cast<u8*>(shared.bytes[0].values), &shared.stats};
+    SumSets sets = {shared.states, &shared.stats};
     __syncwarp();
     store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
     __syncthreads();
@@ -271,12 +257,12 @@ __device__ __forceinline__ void end_item(Softmax& softmax, const Results& result
 // What later items than the next need is sent for, into the places of the item that is done.
 __device__ __forceinline__ void reach_on(const Work& work, Shared& shared, int turn) {
     if (work.has(turn + 2)) work.begin_query(shared.raw, shared.slots, turn + 2);
-    int later = turn + RECORDS_AHEAD;
+    int later = turn + SLOTS;
     if (work.has(later)) work.begin_records(shared.slots, later, 1, shared.pool);
 }
 
 // grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
-// of up to 8 heads of a group. plan: has room for the first RECORDS_AHEAD
+// of up to 8 heads of a group. plan: has room for the first SLOTS
 // items of every block, whatever plan[0] is.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_kernel(
     scalar_t* __restrict__ out,           // [rows, num_heads, HEAD_DIM]
@@ -304,9 +290,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
                  shared.num_items};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (!begin_work(work, shared, given)) return;
-    if (lane == 0) shared.sides[warp].turn = -1, shared.sides[warp].end = 0;
-    copy_next_keys(shared, 0, warp, lane);
-    copy_next_values(shared, 0, warp, lane);
+    WarpState& state = shared.states[warp];
+    if (lane == 0) state.turn = -1, state.end = 0;
+    copy_keys(state, 0, shared.slots, shared.num_items, shared.pool, warp, lane);
+    copy_values(state, 0, shared.pool, lane);
     cp_async_wait<2>();
     __syncthreads();
     store_query(shared.query, shared.raw[0], shared.slots[0], scale, threadIdx.x);
@@ -316,12 +303,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     for (u32 idx = 0;; ++idx) {
         const Slot& slot = shared.slots[opaque(turn) & (SLOTS - 1)];  // not kept in a register
         attend_unit(softmax, idx, shared, slot.record, warp, lane);
-        if (shared.sides[warp].unit(idx).is_last()) {
+        if (state.unit(idx).is_last()) {
             end_item(softmax, results, work, shared, turn);
             if (!work.has(turn + 1)) return;
             reach_on(work, shared, turn);
             ++turn;
         }
-        copy_next_values(shared, idx + 1, warp, lane);
+        copy_values(state, idx + 1, shared.pool, lane);
     }
 }

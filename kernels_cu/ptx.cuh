@@ -121,7 +121,8 @@ __device__ __forceinline__ void fence_device() {
 #endif
 }
 
-// x added to *address, in global memory; what it was. fence_device before and after, for the less.
+// Adds x to *address, in global memory; what it was. As with fence_device before and after it, but
+// sooner done: what other threads wrote before a barrier is released too.
 __device__ __forceinline__ u32 add_and_fence(u32* address, u32 x) {
 #ifdef KVCHAT_EMULATOR
     __threadfence();

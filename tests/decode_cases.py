@@ -110,13 +110,15 @@ def run_emulated(
     grid: int = 3,
     target_splits: int = 4,
     lowest: Codec = Codec.INT4,
+    warps: int | None = None,
     **defines: int,
 ) -> Tensor:
     """Plan and launch on the emulator; scratch and output begin as NaN, counters must end as 0.
 
     lowest: what the kernel is built for; the same for most tests, so that fewer are compiled.
+    warps: None for those of default_tuning.
     """
-    return run_kernel(load_emulated, inputs, grid, target_splits, lowest, **defines)
+    return run_kernel(load_emulated, inputs, grid, target_splits, lowest, warps, **defines)
 
 
 def run_kernel(
@@ -125,12 +127,14 @@ def run_kernel(
     grid: int = 3,
     target_splits: int = 4,
     lowest: Codec = Codec.INT4,
+    warps: int | None = None,
     **defines: int,
 ) -> Tensor:
     """run_emulated where `load` says: one of machines.MACHINES."""
     case, cache = inputs.case, inputs.cache
     layout = BlockLayout(cache.spec, lowest)
     tuning = replace(default_tuning(layout), target_splits=target_splits)
+    tuning = replace(tuning, warps=warps or tuning.warps)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
     num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles)

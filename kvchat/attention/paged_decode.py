@@ -29,9 +29,8 @@ RECORD_HEADER = 8
 MAX_SPLIT = 2048
 RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
 # Of decode_items.cuh.
-_SLOTS = 8
+_SLOTS = 4
 _AHEAD = 2
-_RECORDS_AHEAD = 4
 _COUNTED_BYTES = 32 * 24  # of paged_decode.cu: what is kept of items until they are counted
 _RESERVED_SHARED = 1024  # bytes of shared memory that each block takes besides
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
@@ -54,7 +53,8 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
     """
     target_splits = min(max(64 // layout.spec.num_kv_heads, 8), 64)
     min_split = 256 if target_splits <= 16 else 128
-    most = {64: 8, 96: 6, 128: 8}.get(layout.spec.head_dim, 4)  # registers
+    # As many as registers allow; those of 96 spend some on places that are no powers of two.
+    most = {64: 8, 96: 6, 128: 8}.get(layout.spec.head_dim, 4)
     fitting = [
         (warps * blocks, blocks, warps)
         for warps in (8, 6, 4, 3, 2, 1)
@@ -75,7 +75,7 @@ def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     side = 128 if lowest else 0
     if lowest == Codec.INT4:
         side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
-    most_units = -(-MAX_SPLIT // 16 // tuning.warps) + _AHEAD
+    most_units = -(-MAX_SPLIT // 16 // tuning.warps) + 1
     warp = 2 * 32 * dim + _AHEAD * side + 64 + 16
     warp += 16 * (1 << (most_units - 1).bit_length() if tuning.warps > 4 else most_units)
     if lowest == Codec.INT4:
@@ -219,7 +219,7 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
 
 def records_read(grid: int, num_tiles: int) -> int:
     """Records that the kernel's blocks read before they know how many there are."""
-    return -(-grid * _RECORDS_AHEAD // num_tiles)
+    return -(-grid * _SLOTS // num_tiles)
 
 
 def max_splits(max_len: int, tuning: DecodeTuning) -> int:
