@@ -56,7 +56,8 @@ struct __align__(16) Unit {
 };
 
 // Of a unit, as they are in the pool but for the order of their sixteens (keys_place, values_place).
-struct UnitBytes {
+// Lines of 128 bytes of shared memory: copies that begin inside of one take longer.
+struct __align__(128) UnitBytes {
     uint4 keys[PIECE_BYTES / 16], values[PIECE_BYTES / 16];
 };
 

@@ -76,13 +76,18 @@ def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     if lowest == Codec.INT4:
         side = 2 * dim + 128 * (dim // v_group(dim)) + -(-(4 + 2 * dim) // 16) * 16
     most_units = -(-MAX_SPLIT // 16 // tuning.warps) + 1
-    warp = 2 * 32 * dim + _AHEAD * side + 64 + 16
-    warp += 16 * (1 << (most_units - 1).bit_length() if tuning.warps > 4 else most_units)
+    state = 2 * 32 * dim + _AHEAD * side + 16
+    state += 16 * (1 << (most_units - 1).bit_length() if tuning.warps > 4 else most_units)
     if lowest == Codec.INT4:
-        warp += 2 * dim + 16
+        state += 2 * dim + 16
     queries = 2 * 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
     slots = _SLOTS * 4 * (RECORD_INTS + 8)
-    return slots + queries + tuning.warps * warp + _COUNTED_BYTES + 64
+    warp = _whole_lines(state) + 64
+    return _whole_lines(slots + queries + tuning.warps * warp + _COUNTED_BYTES + 48)
+
+
+def _whole_lines(num_bytes: int) -> int:
+    return -(-num_bytes // 128) * 128
 
 
 class PagedDecode:
