@@ -1,6 +1,6 @@
-// What a block of paged_decode works on: items, their units, their q.
+// What a team of paged_decode works on: items, their units, their q.
 //
-// An item is a record of the work list and up to 8 heads of one kv head's group. Item i of a block is
+// An item is a record of the work list and up to 8 heads of one kv head's group. Item i of a team is
 // in slot i % SLOTS while it is worked on or about to be; records, q and units of its successors are
 // on their way before it is done. A warp's units stand in a queue of its own in shared memory, whole
 // items at a time, so that where they are is worked out by 32 lanes at once.
@@ -12,7 +12,10 @@ __device__ constexpr int power_of_two(int least) {
     return power;
 }
 
-constexpr int THREADS = 32 * WARPS;
+// A block's threads are TEAMS teams that have nothing to do with each other. Two blocks would do as
+// well, but then two that follow each other may come to one multiprocessor, and another stays idle.
+constexpr int THREADS = 32 * WARPS;  // of a team
+
 constexpr int SLOTS = 4;  // as many items' records are there or on their way
 constexpr int RECORD_CHUNKS = RECORD_INTS / 4;
 constexpr int AHEAD = 2;  // units of a warp whose keys, at least, are there or on their way
@@ -21,8 +24,16 @@ constexpr int MOST_UNITS = (MAX_SPLIT / GRANULE + WARPS - 1) / WARPS + 1;
 // A power of two, so that idx % QUEUE is a mask, where it costs little memory.
 constexpr int QUEUE = WARPS > 4 ? power_of_two(MOST_UNITS) : MOST_UNITS;
 
-// Item `turn` of this block, of all the grid's.
-__device__ __forceinline__ int item_of(int turn) { return blockIdx.x + turn * gridDim.x; }
+__device__ __forceinline__ int team_of_block() { return TEAMS == 1 ? 0 : threadIdx.x / THREADS; }
+__device__ __forceinline__ int thread_of_team() {
+    return TEAMS == 1 ? threadIdx.x : threadIdx.x % THREADS;
+}
+__device__ __forceinline__ void sync_team() { sync_some<THREADS>(team_of_block()); }
+
+// Item `turn` of this team, of all the grid's.
+__device__ __forceinline__ int item_of(int turn) {
+    return blockIdx.x + (team_of_block() + turn * TEAMS) * gridDim.x;
+}
 
 // Of one layer.
 struct Pool {
@@ -77,7 +88,7 @@ __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, cons
                                            const half_t* q_rotated, int num_heads) {
     long long first = ((long long)slot.record[RECORD_ROW] * num_heads + slot.first_head) * HEAD_DIM;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < slot.num_heads * (HEAD_DIM / 8); i += THREADS) {
+    for (int i = thread_of_team(); i < slot.num_heads * (HEAD_DIM / 8); i += THREADS) {
         cp_async16(&raw.q[i], q + first + 8 * i);
 #if MAX_CODEC >= 1
         if (q_rotated) cp_async16(&raw.rotated[i], q_rotated + first + 8 * i);
@@ -91,7 +102,7 @@ __device__ __forceinline__ void copy_query(RawQuery& raw, const Slot& slot, cons
 struct WarpState {
     UnitBytes bytes;    // the values of the unit at hand; its keys, or the next one's
     Unit units[QUEUE];  // unit i in place i % QUEUE
-    int turn;           // of the block: the item whose units came to the queue last
+    int turn;           // of the team: the item whose units came to the queue last
     u32 end;            // of the queue: how many have come
 #if MAX_CODEC >= 1
     Side sides[AHEAD];  // of unit i in place i % AHEAD
@@ -145,7 +156,7 @@ __device__ __forceinline__ u32 queue_item(WarpState& state, u32 end, Slot& slot,
         if ((turns - 1) * WARPS + warp >= before) last = {IS_EMPTY, 0, nullptr};
         last.entry |= IS_LAST;
     }
-    if (threadIdx.x == 0) slot.codecs = codecs;
+    if (thread_of_team() == 0) slot.codecs = codecs;
     return end + turns;
 }
 

@@ -61,7 +61,7 @@ struct __align__(128) UnitBytes {
     uint4 keys[PIECE_BYTES / 16], values[PIECE_BYTES / 16];
 };
 
-// What the whole block of threads shares for one item.
+// What a team shares for one item.
 struct Query {
     uint2 parts[NUM_FORMS][NUM_K_STEPS][32];  // B operands, by lane
     float scale[NUM_FORMS][8];                // turns a sum into a log2 score, by head

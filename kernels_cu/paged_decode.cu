@@ -1,18 +1,18 @@
 // Attention of one new token a row over the paged pool: split-KV, any mix of codecs in a row.
 //
-// grid: as many blocks as fit the device, whatever the batch: they walk the work list of
-// plan_decode.cu, record by record, and in each record by tiles of up to 8 heads of one kv head.
-// block: 32 * WARPS threads; each warp takes every WARPS-th unit (decode_units.cuh) of the split and
-// keeps its own softmax; then the warps' sums are added in their order. Where a row has several
-// splits, the block that comes last adds them in their order, so that a row's result depends neither
-// on its neighbours nor on chance. counters are zero before and after a launch.
+// grid: a block for each multiprocessor, whatever the batch. block: TEAMS teams of WARPS warps each,
+// which walk the work list of plan_decode.cu, record by record, and in each record by tiles of up to 8
+// heads of one kv head. Of an item each warp takes every WARPS-th unit (decode_units.cuh) and keeps
+// its own softmax; then the warps' sums are added in their order. Where a row has several splits, the
+// team that comes last adds them in their order, so that a row's result depends neither on its
+// neighbours nor on chance. counters are zero before and after a launch.
 // Each warp has room for the keys and the values of one unit, filled by cp.async: what has been used
 // makes room for the same of the next unit, of the next items too, so that loads never cease between
-// a block's items. Records and q go ahead in the same way.
+// a team's items. Records and q go ahead in the same way.
 // Dynamic shared memory: SHARED_BYTES, see shared_bytes() of attention/paged_decode.py; at HEAD_DIM
-// 128 and 8 warps 80 KiB native, 102 KiB with INT4.
+// 128, 2 teams of 8 warps 157 KiB native, 201 KiB with INT4.
 // -D: SCALAR_BF16, HEAD_DIM (64, 96, 128, 256), MAX_CODEC (0 native, 1 INT8, 2 INT4: the lowest that
-// tables may name), WARPS, MIN_BLOCKS (of a multiprocessor, for the compiler), SHARED_BYTES.
+// tables may name), TEAMS, WARPS (of a team), SHARED_BYTES.
 #include "ptx.cuh"
 #include "decode_record.cuh"
 #include "decode_units.cuh"
@@ -21,7 +21,7 @@
 #include "decode_items.cuh"
 #include "decode_merge.cuh"
 
-constexpr int COUNT_EVERY = 32;  // items of a block: a bit each
+constexpr int COUNT_EVERY = 32;  // items of a team: a bit each
 
 // What is left of an item's record until it is counted.
 struct Done {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void attend_unit(Softmax& softmax, u32 idx, Shared& s
 #endif
 }
 
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
+static_assert(TEAMS * sizeof(Shared) <= SHARED_BYTES, "the host reserves too little");
 
 // Where an item's results go.
 struct Results {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void write_item(const Results& results, const SumSets
     }
 }
 
-// Counts this block's num_items items since it last counted, 32 at most, which all threads have
+// Counts this team's num_items items since it last counted, 32 at most, which all threads have
 // written before a barrier. Bit i of the result: item i was the last of its row's splits; the others
 // of that row are then visible. By warp 0; the result is for lane 0.
 __device__ __forceinline__ u32 count_items(const Results& results, const Done* done, int num_items,
@@ -155,7 +155,7 @@ __device__ __forceinline__ void merge_part(const Results& results, const Done& d
     write_out(out + 2, {make_float2(all.sum.z, all.sum.w), all.top, all.weight});
 }
 
-// Count what the block has written since it last counted, and merge the rows that are complete, all
+// Count what the team has written since it last counted, and merge the rows that are complete, all
 // at the same time.
 __device__ __forceinline__ void settle(const Results& results, u32& complete, const Done* done,
                                        int first, int num_items, int thread) {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void settle(const Results& results, u32& complete, co
         u32 last = count_items(results, done, num_items, thread);
         if (thread == 0) complete = last;
     }
-    __syncthreads();
+    sync_team();
     int parts = results.tile_heads() * (HEAD_DIM / 4), num_complete = __popc(complete);
 #pragma unroll 1
     for (int i = thread; i < num_complete * parts; i += THREADS) {
@@ -188,7 +188,7 @@ struct Work {
     __device__ __forceinline__ void begin_records(Slot* slots, int first, int num_turns,
                                                   const Pool& pool) const {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < num_turns * RECORD_CHUNKS; i += THREADS) {
+        for (int i = thread_of_team(); i < num_turns * RECORD_CHUNKS; i += THREADS) {
             int turn = first + i / RECORD_CHUNKS;
             copy_record_chunk(slots[turn & (SLOTS - 1)], plan, item_of(turn), i % RECORD_CHUNKS,
                               tiles, group, pool);
@@ -199,18 +199,18 @@ struct Work {
     }
 };
 
-// The block's first records, waited for, and the q of its first items, which is on its way then.
-// false: there is nothing for this block.
+// The team's first records, waited for, and the q of its first items, which is on its way then.
+// false: there is nothing for this team.
 __device__ __forceinline__ bool begin_work(const Work& work, Shared& shared,
                                            const Pool& pool) {
     work.begin_records(shared.slots, 0, SLOTS, pool);
     cp_async_commit();
-    if (threadIdx.x == 0) {
+    if (thread_of_team() == 0) {
         shared.pool = pool;
         shared.num_items = work.plan[0] * work.tiles;
     }
     cp_async_wait<0>();
-    __syncthreads();
+    sync_team();
     if (!work.has(0)) return false;
     for (int turn = 0; turn < 2; ++turn) {
         if (work.has(turn)) work.begin_query(shared.raw, shared.slots, turn);
@@ -220,16 +220,16 @@ __device__ __forceinline__ bool begin_work(const Work& work, Shared& shared,
 }
 
 // An item is done: its sums go where the last unit's values were, and from there out. Then q of the
-// block's next item is taken up: it came with the values after the last item's end, for which each
+// team's next item is taken up: it came with the values after the last item's end, for which each
 // thread has waited.
 __device__ __forceinline__ void end_item(Softmax& softmax, const Results& results, const Work& work,
                                          Shared& shared, int turn) {
     Slot& slot = shared.slots[turn & (SLOTS - 1)];
-    int thread = opaque(threadIdx.x);
+    int thread = opaque(thread_of_team());
     SumSets sets = {shared.states, &shared.stats};
     __syncwarp();
     store_sums(sets, softmax, slot.num_heads, thread / 32, thread % 32);
-    __syncthreads();
+    sync_team();
     write_item(results, sets, slot, item_of(turn), thread);
     if (thread == 0) {
         int row = slot.record[RECORD_ROW];
@@ -244,7 +244,7 @@ __device__ __forceinline__ void end_item(Softmax& softmax, const Results& result
         store_query(shared.query, shared.raw[next & 1], shared.slots[next & (SLOTS - 1)], work.scale,
                     thread);
     }
-    __syncthreads();
+    sync_team();
     // Fences wait for all loads that are under way: not after every item.
     int num_uncounted = turn % COUNT_EVERY + 1;
     if (num_uncounted == COUNT_EVERY || !has_next) {
@@ -264,7 +264,7 @@ __device__ __forceinline__ void reach_on(const Work& work, Shared& shared, int t
 // grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
 // of up to 8 heads of a group. plan: has room for the first SLOTS
 // items of every block, whatever plan[0] is.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_kernel(
+extern "C" __global__ void __launch_bounds__(TEAMS * THREADS, 1) paged_decode_kernel(
     scalar_t* __restrict__ out,           // [rows, num_heads, HEAD_DIM]
     float* split_sums,                    // [items, min(group, 8), HEAD_DIM]: scratch
     float* split_stats,                   // [items, min(group, 8), 2]: scratch
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     int layer_idx, int num_layers, int num_kv_heads, int group, int block_size, int side_bytes)
 {
     DYNAMIC_SHARED(Shared, block_memory);
-    Shared& shared = *block_memory;
+    Shared& shared = block_memory[team_of_block()];
     int part_bytes = block_size * HEAD_DIM * 2, layer_bytes = num_kv_heads * part_bytes * 2;
     int layer_side_bytes = num_kv_heads * side_bytes;
     Pool given = {payload + (long long)layer_idx * layer_bytes,
@@ -288,20 +288,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) paged_decode_k
     Results results = {out, split_sums, split_stats, counters, num_kv_heads, group};
     Work work = {plan, q, q_rotated, scale, num_kv_heads * group, results.tiles(), group,
                  shared.num_items};
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int warp = thread_of_team() / 32, lane = threadIdx.x % 32;
     if (!begin_work(work, shared, given)) return;
     WarpState& state = shared.states[warp];
     if (lane == 0) state.turn = -1, state.end = 0;
     copy_keys(state, 0, shared.slots, shared.num_items, shared.pool, warp, lane);
     copy_values(state, 0, shared.pool, lane);
     cp_async_wait<2>();
-    __syncthreads();
-    store_query(shared.query, shared.raw[0], shared.slots[0], scale, threadIdx.x);
-    __syncthreads();
+    sync_team();
+    store_query(shared.query, shared.raw[0], shared.slots[0], scale, thread_of_team());
+    sync_team();
     Softmax softmax = {{}, {LEAST, LEAST}, {0.0f, 0.0f}};
     int turn = 0;
     for (u32 idx = 0;; ++idx) {
-        const Slot& slot = shared.slots[opaque(turn) & (SLOTS - 1)];  // not kept in a register
+        const Slot& slot = shared.slots[turn & (SLOTS - 1)];
         attend_unit(softmax, idx, shared, slot.record, warp, lane);
         if (state.unit(idx).is_last()) {
             end_item(softmax, results, work, shared, turn);

@@ -102,6 +102,15 @@ __device__ __forceinline__ uint2 load8_stream(const void* address) {
 #endif
 }
 
+// As __syncthreads, for NUM_THREADS threads, whole warps, that name the same barrier, 0 to 15.
+template <int NUM_THREADS> __device__ __forceinline__ void sync_some(int barrier) {
+#ifdef KVCHAT_EMULATOR
+    ::emulator::sync_some(barrier, NUM_THREADS);
+#else
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(NUM_THREADS) : "memory");
+#endif
+}
+
 // x, of which the compiler knows nothing: what is computed from it is not computed ahead of a loop
 // and kept in registers that the loop needs.
 __device__ __forceinline__ int opaque(int x) {

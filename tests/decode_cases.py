@@ -111,14 +111,16 @@ def run_emulated(
     target_splits: int = 4,
     lowest: Codec = Codec.INT4,
     warps: int | None = None,
+    teams: int | None = 1,
     **defines: int,
 ) -> Tensor:
     """Plan and launch on the emulator; scratch and output begin as NaN, counters must end as 0.
 
     lowest: what the kernel is built for; the same for most tests, so that fewer are compiled.
-    warps: None for those of default_tuning.
+    warps: None for those of default_tuning. teams: one, since the emulator takes a barrier of one
+    team for a barrier of both.
     """
-    return run_kernel(load_emulated, inputs, grid, target_splits, lowest, warps, **defines)
+    return run_kernel(load_emulated, inputs, grid, target_splits, lowest, warps, teams, **defines)
 
 
 def run_kernel(
@@ -128,16 +130,17 @@ def run_kernel(
     target_splits: int = 4,
     lowest: Codec = Codec.INT4,
     warps: int | None = None,
+    teams: int | None = None,
     **defines: int,
 ) -> Tensor:
     """run_emulated where `load` says: one of machines.MACHINES."""
     case, cache = inputs.case, inputs.cache
     layout = BlockLayout(cache.spec, lowest)
     tuning = replace(default_tuning(layout), target_splits=target_splits)
-    tuning = replace(tuning, warps=warps or tuning.warps)
+    tuning = replace(tuning, warps=warps or tuning.warps, teams=teams or tuning.teams)
     rows = inputs.seq_lens.shape[0]
     tiles = case.num_kv_heads * -(-case.group // TILE_HEADS)
-    num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles)
+    num_records = rows * max_splits(max(case.lens), tuning) + records_read(grid, tiles, tuning)
     plan = torch.full((RECORD_HEADER + num_records * RECORD_INTS,), -1, dtype=torch.int32)
     args = [plan, inputs.tables, inputs.tables.stride(0), inputs.seq_lens, case.block_size]
     load("plan_decode.cu", "plan_decode_kernel", {"SCALAR_BF16": 0}).launch(
@@ -151,7 +154,7 @@ def run_kernel(
     constants = {**decode_defines(layout, tuning), **defines}
     shared = constants["SHARED_BYTES"]
     load("paged_decode.cu", "paged_decode_kernel", constants, shared).launch(
-        (grid,), (32 * tuning.warps,),
+        (grid,), (32 * tuning.warps * tuning.teams,),
         [
             out, sums, stats, counters, inputs.q, inputs.q_rotated, cache.payload,
             cache.side if cache.side.numel() else None, plan,

@@ -200,6 +200,7 @@ FAULTS = {
     13: "divergence: lane 0 waits in movmatrix.trans",
     14: "write of 4 bytes outside every argument",
     15: "outside every argument and shared memory .null pointer.",
+    16: "divergence: barrier 3 reached by 32 threads, too few",
     20: "a cp.async is in flight there .read",
     21: "a cp.async is in flight there .write",
     30: "a cp.async is in flight there .read",
@@ -234,6 +235,7 @@ def test_what_is_ordered_by_barriers_fences_and_atomics_is_no_fault():
     assert torch.equal(run_faults(0), ((63 - torch.arange(64)) ^ 1).float() + 64)
     assert torch.equal(run_faults(52), torch.arange(64.0))
     assert run_faults(53)[6] == 0.0
+    assert torch.equal(run_faults(17), (torch.arange(64) ^ 31).float())
 
 
 def test_blocks_run_from_either_end():

@@ -233,7 +233,7 @@ def test_as_many_warps_as_shared_memory_holds():
     def tuning(head_dim: int, lowest: Codec, kib: int) -> tuple[int, int]:
         spec = KVSpec(32, 8, head_dim, 16, "bfloat16")
         found = default_tuning(BlockLayout(spec, lowest), kib << 10)
-        return found.warps, found.blocks
+        return found.warps, found.teams
 
     assert tuning(128, Codec.NATIVE, 227) == (8, 2)
     assert tuning(128, Codec.INT4, 227) == (8, 2)

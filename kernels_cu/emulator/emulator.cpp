@@ -25,7 +25,7 @@ namespace {
 constexpr int MAX_THREADS = 1024;
 constexpr size_t STACK_BYTES = 128 << 10;
 
-enum class State { RUNNABLE, AT_BARRIER, IN_WARP_OP, EXITED };
+enum class State { RUNNABLE, AT_BARRIER, AT_SOME_BARRIER, IN_WARP_OP, EXITED };
 
 struct Copy {  // a cp.async that has not landed
     char* dst;
@@ -41,6 +41,7 @@ struct Thread {
     unsigned mask;
     Operands* operands;
     const void* pc;  // where it waits
+    int barrier;     // of some threads
     std::vector<Copy> copies;
     int num_groups;  // cp.async groups committed
 };
@@ -49,6 +50,7 @@ Thread threads[MAX_THREADS];
 char* stacks;
 Fiber host;
 int current, num_threads, num_at_barrier, barrier_sum, num_exited;
+int num_at_some[16];  // threads at each barrier of some threads
 Memory memory;
 Clock clock_now;  // its epoch goes on from block to block
 char message[2048];
@@ -88,6 +90,7 @@ void resume(int idx) {
 const char* place_name(const Thread& thread) {
     switch (thread.state) {
         case State::AT_BARRIER: return "at __syncthreads";
+        case State::AT_SOME_BARRIER: return "at a barrier of some threads";
         case State::IN_WARP_OP: return OP_NAMES[thread.op];
         case State::EXITED: return "at its end";
         default: return "running";
@@ -118,6 +121,13 @@ const char* place_name(const Thread& thread) {
         now.thread_idx = threads[idx].idx;
         stop(threads[idx].pc, "divergence: __syncthreads reached by %d of %d threads, %d returned",
              num_at_barrier, num_threads, num_exited);
+    }
+    for (int idx = 0; idx < num_threads; ++idx) {
+        if (threads[idx].state != State::AT_SOME_BARRIER) continue;
+        now.thread_idx = threads[idx].idx;
+        int barrier = threads[idx].barrier;
+        stop(threads[idx].pc, "divergence: barrier %d reached by %d threads, too few", barrier,
+             num_at_some[barrier]);
     }
     stop(nullptr, "deadlock");
 }
@@ -186,6 +196,7 @@ void start_block() {
     clock_now.block_start = clock_now.epoch;
     clock_now.block_starts.push_back(clock_now.epoch);
     num_at_barrier = num_exited = barrier_sum = current = 0;
+    for (int& num_at : num_at_some) num_at = 0;
     for (Thread& thread : threads) thread.state = State::EXITED;  // lanes that do not exist, too
     memory.start_block();
     for (int idx = 0; idx < num_threads; ++idx) {
@@ -212,6 +223,22 @@ void sync_threads() {
     thread.state = State::AT_BARRIER;
     if (++num_at_barrier == num_threads) return release_barrier();
     yield();
+}
+
+void sync_some(int barrier, int num_awaited) {
+    Thread& thread = threads[current];
+    thread.pc = __builtin_return_address(0);
+    thread.state = State::AT_SOME_BARRIER;
+    thread.barrier = barrier;
+    if (++num_at_some[barrier] < num_awaited) return yield();
+    ++clock_now.epoch;
+    ++num_barriers;
+    num_at_some[barrier] = 0;
+    for (int idx = 0; idx < num_threads; ++idx) {
+        Thread& other = threads[idx];
+        bool is_awaited = other.state == State::AT_SOME_BARRIER && other.barrier == barrier;
+        if (is_awaited) other.state = State::RUNNABLE;
+    }
 }
 
 int sync_threads_count(int predicate) {

@@ -53,6 +53,7 @@ struct Operands {
 void collective(Op op, unsigned mask, Operands& operands);
 void sync_threads();
 int sync_threads_count(int predicate);
+void sync_some(int barrier, int num_awaited);  // of the threads that name it
 void* dynamic_shared();
 [[noreturn]] void fail(const char* text);
 void load(void* value, const void* address, int num_bytes);  // checked as one access

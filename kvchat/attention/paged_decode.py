@@ -32,7 +32,6 @@ RECORD_INTS = RECORD_HEADER + MAX_SPLIT // 16
 _SLOTS = 4
 _AHEAD = 2
 _COUNTED_BYTES = 32 * 24  # of paged_decode.cu: what is kept of items until they are counted
-_RESERVED_SHARED = 1024  # bytes of shared memory that each block takes besides
 TILE_HEADS = 8  # heads of a group that share a pass over K and V
 
 
@@ -41,7 +40,7 @@ class DecodeTuning:
     """What is chosen by measuring; docs/benchmarks holds the figures."""
 
     warps: int = 8
-    blocks: int = 2  # of a multiprocessor
+    teams: int = 2  # of so many warps, on each multiprocessor
     target_splits: int = 8  # of a row, where they are no longer than MAX_SPLIT
     min_split: int = 256  # positions of a split, a power of two from the longest span (128) up
 
@@ -56,20 +55,17 @@ def default_tuning(layout: BlockLayout, max_shared: int = 227 << 10) -> DecodeTu
     # As many as registers allow; those of 96 spend some on places that are no powers of two.
     most = {64: 8, 96: 6, 128: 8}.get(layout.spec.head_dim, 4)
     fitting = [
-        (warps * blocks, blocks, warps)
+        (warps * teams, teams, warps)
         for warps in (8, 6, 4, 3, 2, 1)
-        for blocks in (2, 1)
-        for tuning in [DecodeTuning(warps, blocks)]
-        if warps <= most
-        and blocks * (shared_bytes(layout, tuning) + _RESERVED_SHARED)
-        <= max_shared + _RESERVED_SHARED
+        for teams in (2, 1)
+        if warps <= most and shared_bytes(layout, DecodeTuning(warps, teams)) <= max_shared
     ]
-    _, blocks, warps = max(fitting)
-    return DecodeTuning(warps, blocks, target_splits, min_split)
+    _, teams, warps = max(fitting)
+    return DecodeTuning(warps, teams, target_splits, min_split)
 
 
 def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
-    """Bytes of struct Shared of paged_decode.cu; the kernel asserts that they are enough."""
+    """Bytes of paged_decode.cu, a struct Shared a team; the kernel asserts that they are enough."""
     dim, lowest = layout.spec.head_dim, layout.lowest
     num_forms = 3 if lowest else 1
     side = 128 if lowest else 0
@@ -83,7 +79,7 @@ def shared_bytes(layout: BlockLayout, tuning: DecodeTuning) -> int:
     queries = 2 * 16 * dim * (2 if lowest else 1) + num_forms * (16 * dim + 32)
     slots = _SLOTS * 4 * (RECORD_INTS + 8)
     warp = _whole_lines(state) + 64
-    return _whole_lines(slots + queries + tuning.warps * warp + _COUNTED_BYTES + 48)
+    return tuning.teams * _whole_lines(slots + queries + tuning.warps * warp + _COUNTED_BYTES + 48)
 
 
 def _whole_lines(num_bytes: int) -> int:
@@ -121,13 +117,13 @@ class PagedDecode:
             (max_rows, self.num_tiles), dtype=torch.int32, device=device
         )  # the kernel leaves them at zero
         self._plan_kernel, self._kernel = self._load(load)
-        self._grid = _num_processors(device) * self.tuning.blocks
+        self._grid = _num_processors(device)
 
     def make_plan(self) -> Tensor:
         """Memory for a work list, int32; one for each window that is in use at the same time."""
         import torch
 
-        num_records = max(self.max_records, records_read(self._grid, self.num_tiles))
+        num_records = max(self.max_records, records_read(self._grid, self.num_tiles, self.tuning))
         num_ints = RECORD_HEADER + num_records * RECORD_INTS
         return torch.zeros(num_ints, dtype=torch.int32, device=self.device)
 
@@ -157,7 +153,7 @@ class PagedDecode:
         """
         self._kernel.launch(
             (self._grid,),
-            (32 * self.tuning.warps,),
+            (32 * self.tuning.warps * self.tuning.teams,),
             self.arguments(out, q, q_rotated, cache, plan, layer_idx, scale),
             self._shared_bytes,
         )
@@ -217,14 +213,14 @@ def decode_defines(layout: BlockLayout, tuning: DecodeTuning) -> dict[str, int]:
         "HEAD_DIM": spec.head_dim,
         "MAX_CODEC": int(layout.lowest),
         "WARPS": tuning.warps,
-        "MIN_BLOCKS": tuning.blocks,
+        "TEAMS": tuning.teams,
         "SHARED_BYTES": shared_bytes(layout, tuning),
     }
 
 
-def records_read(grid: int, num_tiles: int) -> int:
-    """Records that the kernel's blocks read before they know how many there are."""
-    return -(-grid * _SLOTS // num_tiles)
+def records_read(grid: int, num_tiles: int, tuning: DecodeTuning) -> int:
+    """Records that the kernel's teams read before they know how many there are."""
+    return -(-grid * tuning.teams * _SLOTS // num_tiles)
 
 
 def max_splits(max_len: int, tuning: DecodeTuning) -> int:

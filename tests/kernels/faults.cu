@@ -38,6 +38,12 @@ extern "C" __global__ void faults_kernel(
     if (fault == 7) values[i] = x[i], __syncthreads(), out[i] = values[63 - i], values[i] = 0.0f;
     if (fault == 8) values[0] = x[i];                                 // all write one place
     if (fault == 9 && i < 40) __syncthreads();                        // not all come
+    if (fault == 16 && i < 32) sync_some<64>(3);                      // so few do not make it
+    if (fault == 17) {                                                // right: each warp its own
+        values[i] = x[i];
+        sync_some<32>(i / 32);
+        out[i] = values[i ^ 31];
+    }
     if (fault == 10 && i < 8) out[i] = __shfl_sync(FULL_MASK, x[i], 0);      // not all lanes come
     if (fault == 11 && i < 8) out[i] = __shfl_sync(0xffu, x[i], 9);          // from a lane left out
     if (fault == 12) out[i] = __shfl_sync(0xffu, x[i], 0);                   // by a lane left out
