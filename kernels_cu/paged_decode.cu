@@ -37,9 +37,9 @@ struct Shared {
     Query query;
     SumStats stats;
     Done done[COUNT_EVERY];  // since items were last counted
-    Pool pool;      // registers are few
-    int num_items;  // of the whole grid
-    u32 complete;   // see settle
+    Pool pool;               // registers are few
+    int num_items;           // of the whole grid
+    u32 complete;            // see settle
 };
 
 // Unit idx of a warp, whose keys and values are there or on their way; the keys of the next go where
@@ -113,7 +113,7 @@ __device__ __forceinline__ void write_item(const Results& results, const SumSets
 #pragma unroll 1
     for (int part = thread; part < slot.num_heads * (HEAD_DIM / 2); part += THREADS) {
         int head = part / (HEAD_DIM / 2), channel = part % (HEAD_DIM / 2) * 2;
-        Combined all = combine(sets, WARPS, head, channel / 2);
+        Combined<float2> all = combine(sets, WARPS, head, channel / 2);
         if (is_whole) {
             write_out(results.out_of(slot) + head * HEAD_DIM + channel, all);
             continue;
@@ -201,8 +201,7 @@ struct Work {
 
 // The team's first records, waited for, and the q of its first items, which is on its way then.
 // false: there is nothing for this team.
-__device__ __forceinline__ bool begin_work(const Work& work, Shared& shared,
-                                           const Pool& pool) {
+__device__ __forceinline__ bool begin_work(const Work& work, Shared& shared, const Pool& pool) {
     work.begin_records(shared.slots, 0, SLOTS, pool);
     cp_async_commit();
     if (thread_of_team() == 0) {
@@ -261,9 +260,9 @@ __device__ __forceinline__ void reach_on(const Work& work, Shared& shared, int t
     if (work.has(later)) work.begin_records(shared.slots, later, 1, shared.pool);
 }
 
-// grid: any; block: THREADS. Every tensor is contiguous. items: records times kv heads times tiles
-// of up to 8 heads of a group. plan: has room for the first SLOTS
-// items of every block, whatever plan[0] is.
+// grid: any; block: TEAMS * THREADS. Every tensor is contiguous. items: records times kv heads times
+// tiles of up to 8 heads of a group. plan: has room for the first SLOTS items of every team, whatever
+// plan[0] is.
 extern "C" __global__ void __launch_bounds__(TEAMS * THREADS, 1) paged_decode_kernel(
     scalar_t* __restrict__ out,           // [rows, num_heads, HEAD_DIM]
     float* split_sums,                    // [items, min(group, 8), HEAD_DIM]: scratch

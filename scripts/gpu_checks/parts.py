@@ -221,7 +221,7 @@ def _read_decode(name: str, gates: dict[str, int], log: str) -> list[Figure]:
             figures.append(Figure(part, f"{_told(record['tokens_a_second'])} tok/s"))
         if case == _FIRST_TOKEN:
             figures.append(_at_most(part, 1e3 * record["seconds"], _FIRST_TOKEN_GATE_MS, "ms"))
-        if case == "8x512:native":
+        if gates and case == "8x512:native":
             figures.append(_at_most(f"{part} host", record["host_us"], _HOST_GATE_US, "us a step"))
     return figures
 
