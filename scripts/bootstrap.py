@@ -10,6 +10,7 @@ import configparser
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,14 @@ def link_checkout() -> None:
     (Path(folder.stdout.strip()) / "kvchat-checkout.pth").write_text(f"{ROOT}\n")
 
 
+def write_command() -> None:
+    """.venv/bin/kvchat, which runs this checkout from any folder."""
+    path = VENV / "bin" / "kvchat"
+    python = shlex.quote(str(VENV / "bin" / "python"))
+    path.write_text(f'#!/bin/sh\nexec {python} -P -m kvchat "$@"\n')
+    path.chmod(0o755)
+
+
 def install(text: str, extras: str, index: str | None) -> None:
     """torch first and pinned, then the rest; pip shows its progress."""
     print(f"kvchat: first start, installing into .venv ({text})", file=sys.stderr)
@@ -113,7 +122,8 @@ def install(text: str, extras: str, index: str | None) -> None:
 def main() -> None:
     """Install unless the stamp says that exactly this is there already."""
     stamp = VENV / "kvchat-stamp"
-    inputs = (ROOT / "setup.cfg").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    files = [ROOT / "setup.cfg", ROOT / "constraints.txt", Path(__file__)]
+    inputs = b"".join(path.read_bytes() for path in files)
     digest = hashlib.sha256(inputs + sys.version.encode()).hexdigest()
     installed = stamp.read_text().split() if stamp.exists() else []
     wanted = "test" if os.environ.get("KVCHAT_SETUP") == "test" else "run"
@@ -122,6 +132,7 @@ def main() -> None:
     make_venv()
     install(*choose())
     link_checkout()
+    write_command()
     stamp.write_text(f"{digest} run {wanted}\n")
 
 

@@ -1,6 +1,7 @@
 """The first start decides what to install before it downloads anything."""
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,16 @@ def test_all_that_setup_cfg_asks_for_is_installed(bootstrap):
 
     assert {"torch>=2.6", "huggingface_hub>=1.3", "cupy-cuda13x>=14"} <= set(names)
     assert not any(name.startswith(("pytest", "cupy-cuda12x")) for name in names)
+
+
+def test_the_command_hands_its_arguments_on(bootstrap, monkeypatch, tmp_path):
+    monkeypatch.setattr(bootstrap, "VENV", tmp_path / "a folder's")
+    python = bootstrap.VENV / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    python.chmod(0o755)
+
+    bootstrap.write_command()
+
+    command = [str(python.with_name("kvchat")), "run", "a b", "$c"]
+    assert subprocess.check_output(command, text=True) == "-P|-m|kvchat|run|a b|$c|"
