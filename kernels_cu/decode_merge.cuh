@@ -76,7 +76,7 @@ __device__ __forceinline__ void write_out(scalar_t* out, const Combined<float2>&
     *reinterpret_cast<u32*>(out) = pack2<scalar_t>(all.sum.x * factor, all.sum.y * factor);
 }
 
-// What num_splits blocks wrote, added in order; begin: the place of the first.
+// What was written of num_splits splits, added in order; begin: the place of the first.
 __device__ __forceinline__ Combined<float4> add_splits(const float* sums, const float* stats,
                                                        int sums_step, int stats_step,
                                                        int num_splits, int begin) {

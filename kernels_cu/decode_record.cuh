@@ -2,7 +2,7 @@
 //
 // plan: int [RECORD_HEADER + max records * RECORD_INTS]; plan[0] is the number of records, the
 // records follow. A record is its header, then the row's table entries from the split's start on,
-// so that a block of threads has all it needs to know after one load.
+// so that a team has all it needs to know after one load.
 #pragma once
 
 constexpr int RECORD_ROW = 0;         // of q, out, the tables

@@ -3,8 +3,8 @@
 // grid: num_rows blocks of any size; no shared memory beyond one int. A row's splits depend on its
 // own length only: the least power of two that makes at most target_splits of them, from min_split
 // to MAX_SPLIT positions. A row of length 0 gets one empty split, so that its output is zero.
-// Blocks of threads take every so manieth record, which may be the same split of row after row; so
-// each row begins with another of its splits, or the native ones would all fall to the same blocks.
+// Teams take every so manieth record, which may be the same split of row after row; so each row begins
+// with another of its splits, or the native ones would all fall to the same teams.
 #include "ptx.cuh"
 #include "decode_record.cuh"
 

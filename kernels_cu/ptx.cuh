@@ -51,7 +51,7 @@ constexpr u32 FULL_MASK = 0xffffffffu;
 #ifdef KVCHAT_EMULATOR
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
 #else
-extern __shared__ uint4 dynamic_shared_memory[];
+extern __shared__ __align__(128) uint4 dynamic_shared_memory[];  // lines of it are 128 bytes
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(dynamic_shared_memory)
 #endif
 
@@ -102,7 +102,8 @@ __device__ __forceinline__ uint2 load8_stream(const void* address) {
 #endif
 }
 
-// As __syncthreads, for NUM_THREADS threads, whole warps, that name the same barrier, 0 to 15.
+// As __syncthreads, for NUM_THREADS threads, whole warps, that name the same barrier, 0 to 15; 0 is
+// that of __syncthreads.
 template <int NUM_THREADS> __device__ __forceinline__ void sync_some(int barrier) {
 #ifdef KVCHAT_EMULATOR
     ::emulator::sync_some(barrier, NUM_THREADS);

@@ -122,9 +122,9 @@ def install(text: str, extras: str, index: str | None) -> None:
 def main() -> None:
     """Install unless the stamp says that exactly this is there already."""
     stamp = VENV / "kvchat-stamp"
-    files = [ROOT / "setup.cfg", ROOT / "constraints.txt", Path(__file__)]
-    inputs = b"".join(path.read_bytes() for path in files)
-    digest = hashlib.sha256(inputs + sys.version.encode()).hexdigest()
+    inputs = (ROOT / "setup.cfg").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    # ROOT: what .venv holds names it, and a checkout may be moved.
+    digest = hashlib.sha256(inputs + f"{sys.version} {ROOT}".encode()).hexdigest()
     installed = stamp.read_text().split() if stamp.exists() else []
     wanted = "test" if os.environ.get("KVCHAT_SETUP") == "test" else "run"
     if installed[:1] == [digest] and wanted in installed[1:]:

@@ -207,13 +207,13 @@ def test_kernels_of_pools_that_never_go_lower(lowest):
         check(case, lowest=lowest)
 
 
-@pytest.mark.parametrize("grid", [1, 2])
-def test_a_block_with_very_many_items(grid):
+@pytest.mark.parametrize(("grid", "teams"), [(1, 1), (2, 1), (1, 2)])
+def test_a_team_with_very_many_items(grid, teams):
     case = DecodeCase(head_dim=64, num_kv_heads=3, group=17, codec=MIXED,
                       lens=(300, 0, 17, 64, 513, 200, 1, 33))  # fmt: skip
     inputs = make_inputs(case)
 
-    assert excess(run_emulated(inputs, grid), reference(inputs)) < 1
+    assert excess(run_emulated(inputs, grid, teams=teams), reference(inputs)) < 1
 
 
 def test_splits_of_the_full_length():

@@ -50,7 +50,11 @@ Thread threads[MAX_THREADS];
 char* stacks;
 Fiber host;
 int current, num_threads, num_at_barrier, barrier_sum, num_exited;
-int num_at_some[16];  // threads at each barrier of some threads
+struct SomeBarrier {  // of some threads
+    int num_there, num_awaited;
+};
+SomeBarrier some_barriers[16];
+bool has_synced_all, has_synced_some_by_0;  // in this block: on a GPU both are barrier 0
 Memory memory;
 Clock clock_now;  // its epoch goes on from block to block
 char message[2048];
@@ -126,8 +130,8 @@ const char* place_name(const Thread& thread) {
         if (threads[idx].state != State::AT_SOME_BARRIER) continue;
         now.thread_idx = threads[idx].idx;
         int barrier = threads[idx].barrier;
-        stop(threads[idx].pc, "divergence: barrier %d reached by %d threads, too few", barrier,
-             num_at_some[barrier]);
+        stop(threads[idx].pc, "divergence: barrier %d reached by %d of %d threads", barrier,
+             some_barriers[barrier].num_there, some_barriers[barrier].num_awaited);
     }
     stop(nullptr, "deadlock");
 }
@@ -196,7 +200,8 @@ void start_block() {
     clock_now.block_start = clock_now.epoch;
     clock_now.block_starts.push_back(clock_now.epoch);
     num_at_barrier = num_exited = barrier_sum = current = 0;
-    for (int& num_at : num_at_some) num_at = 0;
+    has_synced_all = has_synced_some_by_0 = false;
+    for (SomeBarrier& barrier : some_barriers) barrier = {};
     for (Thread& thread : threads) thread.state = State::EXITED;  // lanes that do not exist, too
     memory.start_block();
     for (int idx = 0; idx < num_threads; ++idx) {
@@ -220,6 +225,8 @@ void fail(const char* text) { stop(__builtin_return_address(0), "%s", text); }
 void sync_threads() {
     Thread& thread = threads[current];
     thread.pc = __builtin_return_address(0);
+    has_synced_all = true;
+    if (has_synced_some_by_0) stop(thread.pc, "__syncthreads beside barrier 0, which is the same");
     thread.state = State::AT_BARRIER;
     if (++num_at_barrier == num_threads) return release_barrier();
     yield();
@@ -228,16 +235,33 @@ void sync_threads() {
 void sync_some(int barrier, int num_awaited) {
     Thread& thread = threads[current];
     thread.pc = __builtin_return_address(0);
+    if (barrier < 0 || barrier > 15) stop(thread.pc, "there is no barrier %d", barrier);
+    has_synced_some_by_0 |= barrier == 0;
+    if (barrier == 0 && has_synced_all) {
+        stop(thread.pc, "__syncthreads beside barrier 0, which is the same");
+    }
+    SomeBarrier& here = some_barriers[barrier];
+    if (here.num_there && here.num_awaited != num_awaited) {
+        stop(thread.pc, "barrier %d is for %d threads here and for %d elsewhere", barrier,
+             num_awaited, here.num_awaited);
+    }
+    here.num_awaited = num_awaited;
     thread.state = State::AT_SOME_BARRIER;
     thread.barrier = barrier;
-    if (++num_at_some[barrier] < num_awaited) return yield();
+    if (++here.num_there < num_awaited) return yield();
+    auto is_here = [barrier](const Thread& other) {
+        return other.state == State::AT_SOME_BARRIER && other.barrier == barrier;
+    };
+    for (int idx = 0; idx < num_threads; ++idx) {
+        if (is_here(threads[idx]) != is_here(threads[idx - idx % 32])) {
+            stop(thread.pc, "barrier %d reached by a part of a warp", barrier);
+        }
+    }
     ++clock_now.epoch;
     ++num_barriers;
-    num_at_some[barrier] = 0;
+    here.num_there = 0;
     for (int idx = 0; idx < num_threads; ++idx) {
-        Thread& other = threads[idx];
-        bool is_awaited = other.state == State::AT_SOME_BARRIER && other.barrier == barrier;
-        if (is_awaited) other.state = State::RUNNABLE;
+        if (is_here(threads[idx])) threads[idx].state = State::RUNNABLE;
     }
 }
 
@@ -382,7 +406,7 @@ void emulator_reset() {
 // Blocks from the first to the last (0), or from the last to the first (1).
 void emulator_set_order(int order) { block_order = order; }
 const char* emulator_error() { return message; }
-// Bytes of arguments read and written, mma, __syncthreads, of the launches since the reset.
+// Bytes of arguments read and written, mma, barriers, of the launches since the reset.
 const long long* emulator_counts() {
     counts[0] = memory.num_read, counts[1] = memory.num_written;
     counts[2] = num_mma, counts[3] = num_barriers;

@@ -52,10 +52,10 @@ class Memory {
 
     void start_launch(size_t dynamic_bytes) {
         shared_.clear();
-        dynamic_.resize(dynamic_bytes + 16);  // so that an empty one has an address too
+        dynamic_.resize(dynamic_bytes + ALIGNMENT);  // an empty one has an address too
         size_t static_bytes = &__stop_emulated_shared - &__start_emulated_shared;
         shared_.push_back(
-            make_region("dynamic shared memory", dynamic_.data(), dynamic_bytes, true));
+            make_region("dynamic shared memory", dynamic(), dynamic_bytes, true));
         shared_.push_back(
             make_region("static shared memory", &__start_emulated_shared, static_bytes, true));
     }
@@ -66,7 +66,10 @@ class Memory {
         }
     }
 
-    void* dynamic() { return dynamic_.data(); }
+    void* dynamic() {
+        uintptr_t address = reinterpret_cast<uintptr_t>(dynamic_.data()) + ALIGNMENT - 1;
+        return reinterpret_cast<void*>(address - address % ALIGNMENT);
+    }
 
     // The shared memory that holds all these bytes, or null.
     Region* find_shared(const void* pointer, int num_bytes) {
@@ -130,6 +133,7 @@ class Memory {
     }
 
     std::vector<Region> arguments_, shared_;
+    static constexpr size_t ALIGNMENT = 128;  // of dynamic shared memory
     std::vector<char> dynamic_;
     size_t last_ = 0;  // argument that was hit last
     char text_[512];

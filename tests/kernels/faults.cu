@@ -39,6 +39,17 @@ extern "C" __global__ void faults_kernel(
     if (fault == 8) values[0] = x[i];                                 // all write one place
     if (fault == 9 && i < 40) __syncthreads();                        // not all come
     if (fault == 16 && i < 32) sync_some<64>(3);                      // so few do not make it
+    if (fault == 18) sync_some<64>(1 + i / 32);                       // nor do those of another
+    if (fault == 19 && i % 32 < 16) sync_some<32>(3);                 // half warps
+    if (fault == 34) {
+        if (i < 32) sync_some<64>(3);
+        else sync_some<32>(3);                                        // for how many?
+    }
+    if (fault == 35) {
+        if (i < 32) sync_some<32>(0);                                 // the barrier of all
+        __syncthreads();
+    }
+    if (fault == 36) sync_some<64>(16);                               // there are 16
     if (fault == 17) {                                                // right: each warp its own
         values[i] = x[i];
         sync_some<32>(i / 32);
