@@ -188,6 +188,11 @@ void check_row(const void* row, int thread, const void* pc) {
     if (error) stop(pc, "%s", error);
 }
 
+void check_barrier_0(const void* pc) {
+    if (!has_synced_all || !has_synced_some_by_0) return;
+    stop(pc, "__syncthreads beside barrier 0, which is the same");
+}
+
 void release_barrier() {
     ++clock_now.epoch;
     ++num_barriers;
@@ -226,7 +231,7 @@ void sync_threads() {
     Thread& thread = threads[current];
     thread.pc = __builtin_return_address(0);
     has_synced_all = true;
-    if (has_synced_some_by_0) stop(thread.pc, "__syncthreads beside barrier 0, which is the same");
+    check_barrier_0(thread.pc);
     thread.state = State::AT_BARRIER;
     if (++num_at_barrier == num_threads) return release_barrier();
     yield();
@@ -237,9 +242,7 @@ void sync_some(int barrier, int num_awaited) {
     thread.pc = __builtin_return_address(0);
     if (barrier < 0 || barrier > 15) stop(thread.pc, "there is no barrier %d", barrier);
     has_synced_some_by_0 |= barrier == 0;
-    if (barrier == 0 && has_synced_all) {
-        stop(thread.pc, "__syncthreads beside barrier 0, which is the same");
-    }
+    check_barrier_0(thread.pc);
     SomeBarrier& here = some_barriers[barrier];
     if (here.num_there && here.num_awaited != num_awaited) {
         stop(thread.pc, "barrier %d is for %d threads here and for %d elsewhere", barrier,
